@@ -1,0 +1,1 @@
+"""Tokens in, tokens out. Knows nothing of Kafka, text or money."""

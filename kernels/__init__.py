@@ -1,0 +1,1 @@
+"""Functions on tensors. A backend is a value: one `Ops` table (`kernels/ops.py`)."""

@@ -1,0 +1,114 @@
+"""Requests as producers write them: an OpenAI batch line, plus our control fields.
+
+Owns the shape and the limits that a decoder can check by itself. Never decides what a model can do: that is
+`worker/intake.py`. A field that we would have to ignore silently is no field here: unknown names are refused, because a
+parameter that is dropped gives a wrong answer, and a wrong answer is worse than an error.
+
+Source of the names: OpenAI's chat, completion and batch references; `min_p`, `top_k`, `min_tokens`, `ignore_eos`
+follow vLLM.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+NAME_CHARS_MAX = 512  # OpenAI's own limit for custom_id is 512
+TEXT_CHARS_MAX = 4_000_000  # four characters a token, a million tokens: above every context length in use
+MESSAGES_MAX = 4096
+STOPS_MAX = 16  # OpenAI allows 4; each stop is searched in every token's text
+CHOICES_MAX = 128  # OpenAI's limit for n
+TOP_LOGPROBS_MAX = 20  # OpenAI's limit
+TOKENS_MAX = 1_048_576  # longest context of any model in use
+METADATA_MAX = 64
+
+Name = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
+Stop = Annotated[str, Meta(min_length=1, max_length=256)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TokenCount = Annotated[int, Meta(ge=1, le=TOKENS_MAX)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Dollars = Annotated[str, Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,12})?$", description="US dollars, to the picodollar")]
+
+
+class TextPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """One piece of a message's content. Text is the only kind: nothing is ever fetched for a request."""
+
+    text: Text
+
+
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Meta(min_length=1, max_length=MESSAGES_MAX)]
+    name: Name | None = None
+
+
+class StreamOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the live topic carries beside the chunks of text."""
+
+    include_usage: bool = False
+
+
+class SamplingFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What both request bodies share. Defaults are OpenAI's."""
+
+    model: Name
+    max_tokens: TokenCount | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=TOKENS_MAX)] = 0
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=TOKENS_MAX)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] = 1
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=STOPS_MAX)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=STOPS_MAX)] = []
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: Name | None = None
+    metadata: Annotated[dict[Name, Text], Meta(max_length=METADATA_MAX)] | None = None
+
+
+class ChatBody(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of OpenAI's chat completion, as far as a text model can honour it."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MESSAGES_MAX)]
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS_MAX)] = 0
+
+
+class TextBody(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of OpenAI's text completion: one prompt, as text or as token ids."""
+
+    prompt: Text | Annotated[list[TokenId], Meta(min_length=1, max_length=TOKENS_MAX)]
+    logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
+    echo: Literal[False] = False
+
+
+class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="url"):
+    """One request: a line of an OpenAI batch file, plus control fields. The url chooses the body."""
+
+    custom_id: Name
+    method: Literal["POST"] = "POST"
+    tenant: Name = "default"
+    tier: Literal["realtime", "batch"] | None = None  # None: as the topic says
+    deadline: Annotated[float, Meta(ge=0, le=1e11)] | None = None  # seconds since 1970, as OpenAI's created
+    max_cost: Dollars | None = None  # the price that the caller will not exceed
+
+
+class Chat(Generate, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="/v1/chat/completions"):
+    """A chat."""
+
+    body: ChatBody
+
+
+class Complete(Generate, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="/v1/completions"):
+    """A text to go on from."""
+
+    body: TextBody
+
+
+AnyGenerate = Chat | Complete

@@ -1,0 +1,1 @@
+"""Kafka, text and money. Knows nothing of tensors."""

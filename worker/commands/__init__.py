@@ -1,0 +1,1 @@
+"""The commands of `tokenmill`, one module each; the command line mounts their apps."""
