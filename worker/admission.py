@@ -1,0 +1,71 @@
+"""Which topics may be polled now: realtime before batch, and batch never forgotten.
+
+Owns the two rules of intake. Room: the engine's cache bounds how many tokens may be taken on; a full worker polls nothing
+and leaves the backlog to others, and the last part of the room is kept for realtime. Lanes: batch is polled when realtime
+has nothing waiting; and when batch has been shut out for `ageing_s`, it is given one small poll of its own, so that it
+moves however busy realtime is.
+
+Pure: time comes in as an argument.
+"""
+
+from dataclasses import dataclass
+
+REALTIME, BATCH = "realtime", "batch"
+
+POLL_RECORDS_MAX = 64  # records of one poll: bounds how far intake can overshoot its room
+AGED_RECORDS_MAX = 4  # of an aged poll: a sixteenth of a poll, so that realtime hardly notices
+REALTIME_SHARE = 4  # one part in four of the room is out of batch's reach: a burst of realtime finds a place at once
+
+
+@dataclass(frozen=True)
+class Poll:
+    """What to ask the broker for."""
+
+    tiers: frozenset[str]
+    num_max: int
+
+
+NOTHING = Poll(frozenset(), 1)
+
+
+@dataclass
+class Admission:
+    """Decides each poll, and is told what came of it."""
+
+    tokens_max: int  # taken on and not yet answered
+    ageing_s: float
+    _tokens: int = 0
+    _realtime_waits: bool = False
+    _batch_polled_s: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens reserved by requests that are not answered yet."""
+        return self._tokens
+
+    def reserve(self, tokens: int) -> None:
+        """A request was taken on that may need this many tokens."""
+        self._tokens += tokens
+
+    def release(self, tokens: int) -> None:
+        """The request is answered, or let go."""
+        self._tokens -= tokens
+
+    def next_poll(self, now_s: float) -> Poll:
+        """What to poll for at this moment."""
+        if self._tokens >= self.tokens_max:
+            return NOTHING
+        if self._tokens >= self.tokens_max - self.tokens_max // REALTIME_SHARE:
+            return Poll(frozenset((REALTIME,)), POLL_RECORDS_MAX)
+        if not self._realtime_waits:
+            return Poll(frozenset((REALTIME, BATCH)), POLL_RECORDS_MAX)
+        if now_s - self._batch_polled_s >= self.ageing_s:
+            return Poll(frozenset((BATCH,)), AGED_RECORDS_MAX)
+        return Poll(frozenset((REALTIME,)), POLL_RECORDS_MAX)
+
+    def polled(self, poll: Poll, num_realtime: int, now_s: float) -> None:
+        """Takes note of an answer: where a realtime record came, more may wait behind it."""
+        if BATCH in poll.tiers:
+            self._batch_polled_s = now_s
+        if REALTIME in poll.tiers:
+            self._realtime_waits = num_realtime > 0

@@ -1,0 +1,58 @@
+"""The flush: everything finished so far, and the positions that say so, in one transaction.
+
+A flush is a burst, never a session: begin, send all, await all, positions, commit. No model runs while a transaction is
+open, so a worker that dies leaves one open for milliseconds at most.
+
+And what a failed one means: after any failure the producer is dropped and a new one opened in its place, which ends
+whatever was open. From then on the committed positions do not move under our feet, and they tell what happened: those
+that we wanted (it was committed), those from before (it was not: do it again), or neither (another worker has taken over).
+Nothing is ever retried inside a transaction whose end is unknown.
+"""
+
+from asyncio import gather
+from collections.abc import Mapping, Sequence
+
+from worker.brokers.base import Broker, Membership, Outgoing, Place
+from worker.errors import Fenced, OutcomeUnknown, Unavailable
+from worker.partition import Burst
+
+# Each attempt waits for the client's own timeouts, so this many amount to minutes without a working coordinator.
+ATTEMPTS_MAX = 5
+
+
+async def flush(
+    broker: Broker, bursts: Mapping[Place, Burst], notes: Sequence[Outgoing], membership: Membership
+) -> int:
+    """Afterwards all outcomes and notes are committed together with the positions. Returns how many attempts it took.
+
+    Notes are records that belong to no partition and that may safely be sent twice (meter readings).
+
+    Raises Fenced if the partitions have another owner: nothing was committed. Raises Unavailable when no attempt
+    succeeded.
+    """
+    wanted = {place: burst.position for place, burst in bursts.items()}
+    before = {place: burst.before for place, burst in bursts.items()}
+    for attempt in range(1, ATTEMPTS_MAX + 1):
+        try:
+            await _transact(broker, bursts, notes, membership)
+            return attempt
+        except (OutcomeUnknown, Fenced) as error:
+            await broker.renew()
+            recorded = dict(await broker.positions(wanted)) if wanted else {}
+            if wanted and recorded == wanted:
+                return attempt
+            if isinstance(error, Fenced) or recorded != before:
+                raise Fenced("the group has given these partitions to another worker") from error
+    raise Unavailable(f"no transaction could be committed in {ATTEMPTS_MAX} attempts; are the brokers healthy?")
+
+
+async def _transact(
+    broker: Broker, bursts: Mapping[Place, Burst], notes: Sequence[Outgoing], membership: Membership
+) -> None:
+    records = [record for burst in bursts.values() for outcome in burst.outcomes for record in outcome.records]
+    await broker.begin()
+    sent = [await broker.send(record) for record in (*records, *notes)]
+    await gather(*sent)  # before the positions: a rejected record must stop the commit, and some brokers want this order
+    if bursts:
+        await broker.send_positions({place: burst.position for place, burst in bursts.items()}, membership)
+    await broker.commit()
