@@ -15,7 +15,7 @@ from worker.local_broker.errors import (
     LocalBrokerError,
     PortTaken,
 )
-from worker.local_broker.folders import data_folder, jar_folder
+from worker.local_broker.folders import data_folder, held, jar_folder
 
 __all__ = [
     "BrokerNotReady",
@@ -27,5 +27,6 @@ __all__ = [
     "LocalBrokerError",
     "PortTaken",
     "data_folder",
+    "held",
     "jar_folder",
 ]

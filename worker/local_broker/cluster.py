@@ -18,6 +18,7 @@ from typing import Self
 import msgspec
 
 from worker.local_broker.errors import BrokerNotReady, DataMismatch, ExtraMissing
+from worker.local_broker.folders import LOCK_FILE, write_whole
 from worker.local_broker.jars import Report, class_path
 from worker.local_broker.node import Node
 from worker.local_broker.ports import free_ports, nodes_seen, require_free
@@ -60,11 +61,9 @@ class Cluster:
         self._settings = dict(settings or {})
         self._owned = owned
         self._shape = self._recorded_shape(nodes) or _new_shape(nodes or 1)
-        if port is not None:
-            self._shape.ports = list(range(port, port + len(self._shape.ports)))
-        self.nodes = tuple(
-            Node(id, self.directory / f"node-{id}", port) for id, port in enumerate(self._shape.ports, start=1)
-        )
+        self.nodes = self._placed_nodes()
+        if port not in (None, self._shape.ports[0]):
+            self._move(port)
 
     @property
     def brokers(self) -> str:
@@ -88,6 +87,8 @@ class Cluster:
         jars = class_path(report)
         for node in starting:
             require_free(node.port)
+        if not self.running:  # nobody remembers these, so from a standstill they need not be the old ones
+            self._shape.controller_ports = free_ports(len(self.nodes))
         self._write_settings()
         try:
             self._format(jars, report)
@@ -131,7 +132,7 @@ class Cluster:
             raise DataMismatch(f"the cluster in {self.directory} still runs; stop it before its data is deleted")
         for node in self.nodes:
             shutil.rmtree(node.folder, ignore_errors=True)
-        for file in (self._shape_file, self._logging_file):
+        for file in (self._shape_file, self._logging_file, self.directory / LOCK_FILE):
             file.unlink(missing_ok=True)
         if self.directory.is_dir() and not any(self.directory.iterdir()):
             self.directory.rmdir()
@@ -139,7 +140,9 @@ class Cluster:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.kill()
 
     @property
@@ -156,13 +159,29 @@ class Cluster:
         except FileNotFoundError:
             return None
         except msgspec.DecodeError as error:
-            raise DataMismatch(f"{self._shape_file} is not this program's: {error}; give another folder with --data") from error
+            raise DataMismatch(
+                f"{self._shape_file} is not this program's: {error}; give another folder with --data"
+            ) from error
         if nodes not in (None, len(shape.ports)):
             raise DataMismatch(
                 f"{self.directory} holds a cluster of {len(shape.ports)} node(s), not {nodes}: "
                 "delete it with  tokenmill broker down --purge, or give another folder with --data"
             )
         return shape
+
+    def _placed_nodes(self) -> tuple[Node, ...]:
+        return tuple(
+            Node(id, self.directory / f"node-{id}", port) for id, port in enumerate(self._shape.ports, start=1)
+        )
+
+    def _move(self, port: int) -> None:
+        """The nodes will answer at `port` and those after it, from their next start."""
+        if self.running:
+            raise DataMismatch(
+                f"the cluster in {self.directory} runs at {self.brokers}; stop it before it can move to port {port}"
+            )
+        self._shape.ports = list(range(port, port + len(self._shape.ports)))
+        self.nodes = self._placed_nodes()
 
     def _chosen(self, ids: tuple[int, ...]) -> list[Node]:
         return [self.nodes[id - 1] for id in ids] if ids else list(self.nodes)
@@ -176,7 +195,7 @@ class Cluster:
                 )
             )
         self._logging_file.write_text(LOG4J)
-        self._shape_file.write_bytes(msgspec.json.encode(self._shape))
+        write_whole(self._shape_file, msgspec.json.encode(self._shape).decode())
 
     def _format(self, jars: list[Path], report: Report) -> None:
         """Every node's data folder belongs to this cluster; those that already do are left alone."""

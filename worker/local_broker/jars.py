@@ -61,7 +61,9 @@ def class_path(report: Report) -> list[Path]:
     folder = jar_folder(lock.kafka)
     missing = [jar for jar in lock.jars if not (folder / jar.path).exists()]
     if missing:
-        _fetch_all(missing, folder, lambda done: report(f"fetching Apache Kafka {lock.kafka}: {done} of {len(missing)} jars"))
+        _fetch_all(
+            missing, folder, lambda done: report(f"fetching Apache Kafka {lock.kafka}: {done} of {len(missing)} jars")
+        )
     for jar in lock.jars:
         verify(jar, folder / jar.path)
     return [folder / jar.path for jar in lock.jars]

@@ -33,7 +33,9 @@ def _resolve(roots: tuple[str, ...], folder: Path) -> tuple[Jar, ...]:
     builder = EnvironmentBuilder(context=context, link_strategy=LinkStrategy.HARD, cache_dir=folder / "environments")
     builder.from_endpoint("+".join(roots))
     files = sorted(repository.rglob("*.jar"))
-    return tuple(Jar(_coordinate(file.relative_to(repository)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files)
+    return tuple(
+        Jar(_coordinate(file.relative_to(repository)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files
+    )
 
 
 def _coordinate(path: Path) -> str:

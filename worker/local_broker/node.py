@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from worker.local_broker.errors import BrokerNotReady
+from worker.local_broker.folders import write_whole
 from worker.local_broker.ports import HOST
 from worker.local_broker.process import Lifeline, Process, find
 
@@ -60,6 +61,7 @@ class Node:
 
     def spawn(self, command: Sequence[str], *, owned: bool) -> None:
         """The command runs as this node's process, in a session of its own; `owned` ties its life to this process's."""
+        self._forget()
         with self.log.open("ab") as log:
             self._child = subprocess.Popen(
                 command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -69,7 +71,7 @@ class Node:
         process = find(self._child.pid)
         if process is None:
             raise BrokerNotReady(self.obituary())
-        self._pid_file.write_text(f"{process.pid} {process.started}")
+        write_whole(self._pid_file, f"{process.pid} {process.started}")
 
     def send(self, number: signal.Signals) -> None:
         """The signal was sent to its process, if it runs."""
@@ -82,10 +84,7 @@ class Node:
             self.send(signal.SIGKILL)
             if not self._ends_within(_KILLED_S):
                 raise BrokerNotReady(f"node {self.id} does not die; its files are in {self.folder}")
-        if self._lifeline:
-            self._lifeline.drop()
-            self._lifeline = None
-        self._pid_file.unlink(missing_ok=True)
+        self._forget()
 
     def obituary(self) -> str:
         """That it died and, from its log, why."""
@@ -95,6 +94,13 @@ class Node:
     @property
     def _pid_file(self) -> Path:
         return self.folder / "broker.pid"
+
+    def _forget(self) -> None:
+        """Nothing here speaks of the process that is gone."""
+        if self._lifeline:
+            self._lifeline.drop()
+            self._lifeline = None
+        self._pid_file.unlink(missing_ok=True)
 
     def _ends_within(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s

@@ -3,6 +3,7 @@
 import random
 import socket
 import struct
+from itertools import islice
 
 from worker.local_broker.errors import PortTaken
 
@@ -10,7 +11,6 @@ HOST = "127.0.0.1"
 # Below the ranges from which systems take the ports of outgoing connections (32768 up on Linux, 49152 up on macOS): a client
 # that keeps calling a dead node's port could otherwise be given that very port and keep the node from coming back.
 _FREE = range(20_000, 32_000)
-_TRIES_MAX = 200  # a machine with this many neighbours in the range has another problem
 _ANSWER_S = 2.0  # a node that starts may accept and then not answer for a while: ask again on a new connection
 _ANSWER_BYTES_MAX = 1 << 20  # a few nodes come to a hundred bytes; anything large is not Kafka
 
@@ -20,13 +20,8 @@ _METADATA = struct.pack(">ihhihi", 14, 3, 1, 0, -1, 0)  # version 1, of no topic
 
 def free_ports(count: int) -> list[int]:
     """Different ports that nobody listened on a moment ago."""
-    found: list[int] = []
-    for port in random.sample(_FREE, _TRIES_MAX):
-        if len(found) < count and _is_free(port):
-            found.append(port)
-    if len(found) < count:
-        raise PortTaken(_FREE[-1])
-    return found
+    untried = iter(random.sample(_FREE, len(_FREE)))  # at random: two clusters that start at once rarely meet
+    return list(islice(filter(_is_free, untried), count))
 
 
 def require_free(port: int) -> None:
@@ -37,7 +32,9 @@ def require_free(port: int) -> None:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Java does: connections that linger do not count
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as Java does: connections that linger do not count
         try:
             probe.bind((HOST, port))
         except OSError:

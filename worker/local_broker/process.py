@@ -71,7 +71,9 @@ if sys.platform == "linux":
             stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             return None
-        fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces; state is field 3, start time field 22
+        fields = stat.rpartition(")")[
+            2
+        ].split()  # the name before it may hold spaces; state is field 3, start time field 22
         return None if fields[0] in "ZX" else fields[19]
 
     def _memory_bytes(pid: int) -> int:
@@ -90,4 +92,6 @@ else:  # macOS, the other system that the Java wheel serves
         return int(_ps(pid, "rss=") or 0) * 1024
 
     def _ps(pid: int, columns: str) -> str:
-        return subprocess.run(["ps", "-o", columns, "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["ps", "-o", columns, "-p", str(pid)], capture_output=True, text=True, check=False
+        ).stdout.strip()

@@ -23,7 +23,10 @@ def server_properties(
 ) -> str:
     """The text of one node's `server.properties`; `extra` has the last word. Nodes are numbered from 1."""
     nodes = len(ports)
-    copies, in_sync = min(3, nodes), 2 if nodes >= 3 else 1  # the internal topics' default, 3, never comes up on one node
+    copies, in_sync = (
+        min(3, nodes),
+        2 if nodes >= 3 else 1,
+    )  # the internal topics' default, 3, never comes up on one node
     properties: dict[str, object] = {
         "process.roles": "broker,controller",
         "node.id": node,
