@@ -1,0 +1,338 @@
+"""The settings of every command: one tree of frozen dataclasses, and where their values come from.
+
+A setting has one name. `engine.block_size` is the flag `--engine.block-size`, the variable `TOKENMILL_ENGINE_BLOCK_SIZE` and the
+line `block_size` under `[engine]` of a TOML file; the flag wins over the variable, the variable over the file, the file over the
+default below. Names in the file that are no setting are refused, so that a typo is never a silent default.
+
+Never holds a secret: passwords stay in their files and are read by whoever connects, so the whole tree may be shown.
+"""
+
+import difflib
+import ipaddress
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
+
+from cyclopts import ArgumentCollection, Parameter, Token
+from cyclopts.validators import Number
+
+from schemas.cost import picodollars
+from worker.errors import Misconfigured
+
+ENVIRONMENT_PREFIX = "TOKENMILL_"
+FILE = Path("tokenmill.toml")  # read from the working directory where there is one and no other is named
+FILE_BYTES_MAX = 1 << 20  # a settings file is a few kilobytes: a bigger one is a mistaken path
+SECRET_BYTES_MAX = 64 << 10  # a password or a key: a bigger file is a mistaken path
+
+
+def _about(text: str, low: float | None = None, high: float | None = None) -> Parameter:
+    """The help text of a setting, and its range where it has one."""
+    validator = None if low is None and high is None else Number(gte=low, lte=high)
+    return Parameter(help=text, validator=validator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Security:
+    """How to prove to the brokers who we are, and they to us. Every secret is in a file of its own."""
+
+    protocol: Annotated[
+        Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"], _about("Use SASL_SSL wherever a network is crossed.")
+    ] = "PLAINTEXT"
+    mechanism: Annotated[Literal["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"], _about("How the password is proved.")] = (
+        "SCRAM-SHA-512"
+    )
+    username: Annotated[str, _about("Who we are, for SASL.")] = ""
+    password_file: Annotated[Path | None, _about("File with the password, for SASL.")] = None
+    ca_file: Annotated[Path | None, _about("PEM file of the authorities to trust. Default: the system's.")] = None
+    cert_file: Annotated[Path | None, _about("PEM file of our certificate, for mutual TLS.")] = None
+    key_file: Annotated[Path | None, _about("PEM file of the certificate's key.")] = None
+    insecure: Annotated[bool, _about("Allow an unencrypted connection that leaves this machine.")] = False
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether nobody on the way can read along."""
+        return self.protocol in ("SSL", "SASL_SSL")
+
+    @property
+    def authenticated(self) -> bool:
+        """Whether a user name and a password are asked for."""
+        return self.protocol.startswith("SASL")
+
+    def password(self) -> str:
+        """The password, read afresh at each call so that a rotated one is taken up by a reconnect."""
+        if self.password_file is None:
+            raise Misconfigured(f"{self.protocol} needs security.password_file: a file that holds the password")
+        return read_secret(self.password_file)
+
+    def __post_init__(self) -> None:
+        if self.authenticated and not (self.username and self.password_file):
+            raise ValueError(f"{self.protocol} needs security.username and security.password_file")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("security.cert_file and security.key_file go together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kafka:
+    """Where the brokers are."""
+
+    brokers: Annotated[str, _about("Addresses to start from: host:port, comma-separated.")] = "127.0.0.1:9092"
+    security: Security = field(default_factory=Security)
+
+    def __post_init__(self) -> None:
+        for address in self.brokers.split(","):
+            host, _, port = address.strip().rpartition(":")
+            if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
+                raise ValueError(f"brokers: {address.strip()!r} is not host:port")
+            if not (self.security.encrypted or self.security.insecure or _is_local(host)):
+                raise ValueError(
+                    f"brokers: {host} is on a network, and {self.security.protocol} is readable on the way: set "
+                    "security.protocol to SASL_SSL or SSL, or security.insecure where the network itself is trusted"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topics:
+    """The names of the topics, all under one prefix."""
+
+    prefix: Annotated[str, _about("First part of every topic's name.")] = "tokenmill"
+
+    def __post_init__(self) -> None:
+        # Kafka's own rule for topic names, with room for our longest suffix within its 249 characters.
+        if not (0 < len(self.prefix) <= 200 and self.prefix.isascii() and self.prefix.replace(".", "_").isidentifier()):
+            raise ValueError(f"topics.prefix: {self.prefix!r} is not letters, digits, '.' and '_'")
+
+    @property
+    def requests(self) -> str:
+        """Requests of the realtime tier."""
+        return f"{self.prefix}.requests"
+
+    @property
+    def batch(self) -> str:
+        """Requests of the batch tier: served when no realtime request waits."""
+        return f"{self.prefix}.requests.batch"
+
+    @property
+    def completions(self) -> str:
+        """One answer for each request, in transactions."""
+        return f"{self.prefix}.completions"
+
+    @property
+    def costs(self) -> str:
+        """The bill of each answer, in its transaction, and the workers' meter readings."""
+        return f"{self.prefix}.costs"
+
+    @property
+    def chunks(self) -> str:
+        """Streamed pieces of text: previews, best effort."""
+        return f"{self.prefix}.chunks"
+
+    @property
+    def dead_letters(self) -> str:
+        """Requests that could not be understood, byte for byte."""
+        return f"{self.prefix}.dead-letters"
+
+    @property
+    def intake(self) -> tuple[str, str]:
+        """What workers consume, the more urgent first."""
+        return (self.requests, self.batch)
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every topic that must exist."""
+        return (*self.intake, self.completions, self.costs, self.chunks, self.dead_letters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How the engine uses the machine."""
+
+    device: Annotated[str, _about("cpu, cuda, cuda:1; auto: cuda where there is one.")] = "auto"
+    weights: Annotated[
+        Literal["auto", "fp32", "bf16", "int8", "int4"],
+        _about("Number format of the weights. auto: as the device likes."),
+    ] = "auto"
+    threads: Annotated[int, _about("Processor threads; 0: all cores.", 0, 1024)] = 0
+    block_size: Annotated[int, _about("Tokens in one block of the cache.", 1, 1024)] = 16
+    cache_tokens: Annotated[int, _about("Tokens that the cache holds; 0: as memory allows.", 0, 1 << 30)] = 0
+    tokens_per_step_max: Annotated[int, _about("Tokens computed in one step.", 1, 1 << 20)] = 512
+    sequences_max: Annotated[int, _about("Sequences computed in one step.", 1, 4096)] = 32
+    drafts_max: Annotated[int, _about("Tokens drafted ahead for a sequence; 0: none.", 0, 64)] = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may ask for; more is answered with an error."""
+
+    record_bytes_max: Annotated[int, _about("Bytes of a request's record.", 1 << 10, 64 << 20)] = 1 << 20
+    output_tokens_max: Annotated[int, _about("Tokens of one answer.", 1, 1 << 20)] = 4096
+    output_tokens_default: Annotated[int, _about("Tokens of one answer where the request names none.", 1, 1 << 20)] = (
+        256
+    )
+    choices_max: Annotated[int, _about("Answers to one request (n).", 1, 128)] = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bill:
+    """What tokens are sold for, and what the device costs us."""
+
+    price_book: Annotated[Path | None, _about("TOML file of prices. Default: the one in the package.")] = None
+    device_rate: Annotated[str, _about("US dollars for an hour of the device.")] = "0.10"  # two cores of a public cloud
+    events: Annotated[Literal["token", "request"], _about("A cost event for each output token, or one a request.")] = (
+        "token"
+    )
+
+    def __post_init__(self) -> None:
+        try:
+            rate = picodollars(self.device_rate)
+        except ValueError as error:
+            raise ValueError(f"bill.device_rate: {error}; write it as 1.25") from error
+        if not 0 <= rate <= picodollars("10000"):  # the dearest machines on sale are near 100 dollars an hour
+            raise ValueError(f"bill.device_rate: {self.device_rate} is not between 0 and 10000 dollars an hour")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """Where /livez, /readyz and /metrics answer."""
+
+    host: Annotated[str, _about("Address to listen on; 0.0.0.0 in a container.")] = "127.0.0.1"
+    port: Annotated[int, _about("Port to listen on; 0: any free one, named in the log.", 0, 65535)] = 9464
+    # 9464 is what OpenTelemetry's Prometheus exporters listen on by default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What the worker says on stderr."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], _about("The least that is said.")] = "info"
+    format: Annotated[Literal["auto", "text", "json"], _about("auto: text on a terminal, JSON lines elsewhere.")] = (
+        "auto"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that a worker is told from outside. Other commands take the parts that they need."""
+
+    kafka: Annotated[Kafka, Parameter(name="*")] = field(default_factory=Kafka)
+    topics: Topics = field(default_factory=Topics)
+    group: Annotated[str, _about("Consumer group: the workers that share the requests.")] = "tokenmill"
+    model: Annotated[str, _about("Name of a fetched model, or the path of a checkpoint's folder.")] = ""
+    worker: Annotated[
+        str, _about("This worker's name, one at a time. Default: the host's name and a number that is free there.")
+    ] = ""
+    engine: Engine = field(default_factory=Engine)
+    limits: Limits = field(default_factory=Limits)
+    bill: Bill = field(default_factory=Bill)
+    flush_interval_ms: Annotated[int, _about("Time between two transactions.", 1, 10_000)] = 30
+    drain_s: Annotated[float, _about("Time to finish what runs after SIGTERM.", 0, 3600)] = 12
+    ageing_s: Annotated[float, _about("Time that batch requests wait at most behind realtime ones.", 0, 86_400)] = 5
+    health: Health = field(default_factory=Health)
+    log: Log = field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        if self.limits.output_tokens_default > self.limits.output_tokens_max:
+            raise ValueError("limits.output_tokens_default is above limits.output_tokens_max")
+
+
+class _App(Protocol):
+    """What cyclopts hands to a source of values; nothing of it is needed here."""
+
+
+class SettingsFile:
+    """A source of values for cyclopts: fills the settings of the called command that no flag or variable has set.
+
+    Checks the whole file, whatever part of it the command takes. Raises Misconfigured.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values = _read(path)
+
+    def __call__(self, app: _App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        for argument in arguments:
+            key = argument.name.lstrip("-").replace("-", "_")
+            if key in self.values and not argument.tokens:
+                argument.append(Token(keyword=key, value=_text(self.values[key]), source=str(self.path)))
+
+
+def setting_names() -> frozenset[str]:
+    """The name of every setting, as in a file: `engine.block_size`."""
+    return frozenset(name for name, _ in flat(Settings()))
+
+
+def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting's name with its value, in the order of the tree."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    for name in (one.name for one in fields(settings)):  # type: ignore[arg-type]  # only ever called with dataclasses
+        value = getattr(settings, name)
+        if is_dataclass(value):
+            yield from flat(value, prefix if _is_unnamed(hints[name]) else f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables that look like settings and are none. Not an error: container platforms add variables of their own."""
+    known = {ENVIRONMENT_PREFIX + name.upper().replace(".", "_") for name in setting_names()} | {"TOKENMILL_CONFIG"}
+    return sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+
+
+def read_secret(path: Path) -> str:
+    """The file's text without its last line break. Raises Misconfigured, which names the path and never the content."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(SECRET_BYTES_MAX + 1)
+        secret = content.decode().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise Misconfigured(f"cannot read the secret in {path}: {reason}") from None
+    if not secret or len(content) > SECRET_BYTES_MAX:
+        raise Misconfigured(f"the secret in {path} is empty or longer than {SECRET_BYTES_MAX} bytes")
+    return secret
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(FILE_BYTES_MAX + 1)
+        if len(content) > FILE_BYTES_MAX:
+            raise Misconfigured(f"{path} is longer than {FILE_BYTES_MAX} bytes: is it the right file?")
+        values = dict(_leaves(tomllib.loads(content.decode())))
+    except OSError as error:
+        raise Misconfigured(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:  # of TOML, and of UTF-8
+        raise Misconfigured(f"{path} is not TOML: {error}") from None
+    known = setting_names()
+    for name in values.keys() - known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else "`tokenmill config show` lists what there is"
+        raise Misconfigured(f"{path}: {name} is no setting; {hint}")
+    return values
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_unnamed(hint: object) -> bool:
+    """Whether the branch of the tree adds nothing to its settings' names."""
+    return get_origin(hint) is Annotated and any(getattr(extra, "name", None) == ("*",) for extra in get_args(hint))
+
+
+def _is_local(host: str) -> bool:
+    """Whether the host is this machine, or a bare name as the containers of one compose network have."""
+    host = host.strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return "." not in host
