@@ -9,7 +9,7 @@ size, E experts, K chosen experts, N blocks, B block size, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -28,6 +28,7 @@ class AttentionBatch:
     query_starts: Sequence[int]  # S + 1
     context_lens: Sequence[int]  # S, including this step's tokens
     slots: Tensor  # (T,) int64: block * B + place in the block, where each token's key and value go
+    plans: dict[str, Any] = field(default_factory=dict)  # what a backend worked out at the first layer, for the others
 
 
 class Linear(Protocol):
@@ -77,14 +78,25 @@ class Ops:
     score: "softmax" over the experts; "sigmoid" of each; "unit": the chosen count 1 each.
     """
 
-    experts: Callable[[Tensor, Tensor, Tensor, Sequence[Any], Sequence[Any], Linear, Callable[[Tensor], Tensor]], Tensor]
+    experts: Callable[
+        [Tensor, Tensor, Tensor, Sequence[Any], Sequence[Any], Linear, Callable[[Tensor], Tensor]], Tensor
+    ]
     """(x (T, C), weights (T, K), experts (T, K), gate_up, down, linear, activation) -> (T, C).
 
     gate_up[e] and down[e] are prepared matrices (2 I, C) and (C, I) of expert e, multiplied by `linear`.
     """
 
     sample: Callable[[Tensor, Sequence["SamplingRow"]], Tensor]
-    """(logits (R, V) fp32, one SamplingRow for each row) -> token ids (R,) int64."""
+    """(logits (R, V) fp32, one SamplingRow for each row) -> token ids (R,) int64.
+
+    -1 where a row has no largest finite logit: a NaN or infinity among them, or every token banned.
+    """
+
+    logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    """(logits (R, V), chosen ids (R,), num_top) -> (chosen's (R,), ids of the likeliest (R, num_top), theirs).
+
+    Natural logarithms of the model's own probabilities, before temperature; the likeliest first, the lower id on ties.
+    """
 
     weights: Mapping[str, WeightKernel]
     """By weight format. A format without an entry is unpacked and multiplied: slow and right."""

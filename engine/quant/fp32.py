@@ -1,0 +1,17 @@
+"""Weights as float32, unquantized."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.quant.format import WeightFormat
+from kernels.weights import dequantize_dense
+
+
+def quantize(weight: Tensor) -> Mapping[str, Tensor]:
+    """Exact for every narrower float."""
+    return {"weight": weight.to(torch.float32).contiguous()}
+
+
+FORMAT = WeightFormat(bits=32, quantize=quantize, dequantize=dequantize_dense)

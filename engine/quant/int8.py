@@ -1,0 +1,23 @@
+"""Weights as int8 with one scale per output channel, symmetric about 0."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.quant.format import WeightFormat
+from kernels.weights import dequantize_int8
+
+LEVEL_MAX = 127  # -128 stays unused, so that the levels are symmetric and a weight's negative is its level's negative
+
+
+def quantize(weight: Tensor) -> Mapping[str, Tensor]:
+    """Rounds each row to multiples of its largest magnitude / 127: no weight is off by more than half a step."""
+    weight = weight.float()
+    scale = weight.abs().amax(1) / LEVEL_MAX  # (out,)
+    step = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zeros
+    q = (weight / step[:, None]).round().clamp(-LEVEL_MAX, LEVEL_MAX).to(torch.int8)
+    return {"q": q, "scale": scale}
+
+
+FORMAT = WeightFormat(bits=8, quantize=quantize, dequantize=dequantize_int8)
