@@ -17,8 +17,8 @@ CostKind = Literal[
     "prompt_cached",  # prompt tokens found in the prefix cache
     "output",  # an output token
     "draft_rejected",  # drafted tokens thrown away
-    "recomputed",  # tokens computed again after a preemption
-    "discarded",  # tokens generated past a stop string
+    "recomputed",  # tokens computed again: after a preemption, or of the prompt for another choice
+    "discarded",  # tokens generated past a stop string, or for a request that failed
 ]
 
 
@@ -61,7 +61,7 @@ class MeterReading(Struct, frozen=True, kw_only=True):
     wall_ns: int
     device_rate: str  # dollars an hour
     charged: str  # cost of what was published
-    wasted: dict[str, str]  # by reason: lost (partition taken away), failed, cancelled
+    wasted: dict[str, str]  # by reason: lost (partition taken away), cancelled, unknown (lost sight of)
     idle: dict[str, str]  # by reason: loading, waiting
     held: str  # cost of sequences not yet answered
     final: bool  # the worker left on purpose; held is zero

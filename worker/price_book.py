@@ -1,8 +1,8 @@
 """The price book: what a tenant owes for a token, by model, tier and kind.
 
-Owns the file format and its checks, never what a request used: that is `worker/cost.py`'s to know. Prices are data: they
-come from a TOML file and are whole picodollars per token from here on. What cannot be is refused at load, so that no
-price is ever rounded.
+Owns the file format and its checks, never what a request used: that is `worker/cost.py`'s to know. Prices are data.
+They come from a TOML file and are whole picodollars per token from here on. What cannot be is refused at load, so that
+no price is ever rounded.
 """
 
 import tomllib
