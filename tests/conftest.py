@@ -1,36 +1,29 @@
-"""Fixtures shared by the whole suite: a real Kafka broker, one for the session."""
+"""Fixtures shared by the whole suite: a real Kafka, one for the session."""
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass
 
 import pytest
 
 from worker.local_broker import Cluster
 
 
-class Kafka(Protocol):
-    """What tests know of the broker: where it answers."""
+@dataclass(frozen=True)
+class Kafka:
+    """A Kafka that runs."""
 
-    @property
-    def brokers(self) -> str: ...  # host:port
-
-
-class _UsersOwn:
-    def __init__(self, brokers: str) -> None:
-        self.brokers = brokers
+    brokers: str  # host:port
 
 
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
-    """One running broker for the whole session, the user's own where TOKENMILL_BROKERS names it.
+    """One running node for the whole session, or the user's own Kafka where TOKENMILL_BROKERS names it.
 
-    Its topics, groups and transactional ids are shared: a test names its own.
+    Topics, groups and transactional ids are shared by all tests: each names its own.
     """
     if brokers := os.environ.get("TOKENMILL_BROKERS"):
-        yield _UsersOwn(brokers)
+        yield Kafka(brokers)
         return
-    folder: Path = tmp_path_factory.mktemp("kafka")
-    with Cluster(folder) as cluster:
-        yield cluster
+    with Cluster(tmp_path_factory.mktemp("kafka")) as cluster:
+        yield Kafka(cluster.brokers)

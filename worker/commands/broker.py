@@ -1,7 +1,7 @@
 """`tokenmill broker up | down | status`: the local Kafka of one user, kept in one data folder.
 
-Turns flags into calls of `worker.local_broker` and its answers into text or JSON on stdout; progress goes to stderr. Errors are
-`LocalBrokerError`s and pass through: the command line says them and sets the exit code.
+Turns flags into calls of `worker.local_broker` and its answers into text or JSON on stdout; progress goes to stderr.
+Errors are `LocalBrokerError`s and pass through: the command line says them and sets the exit code.
 """
 
 import json
@@ -45,8 +45,8 @@ Heap = Annotated[str, Parameter(help="Java heap of each node, as -Xmx takes it."
 def up(*, data: Data = None, port: Port = None, nodes: Nodes = None, heap: Heap = "384m", json: Json = False) -> None:
     """Start Kafka and wait until it answers. If it runs already, print where.
 
-    The first time fetches 45 jars (43 MB) into your cache folder; each is verified against its committed SHA-256 before every
-    start. Kafka goes on running when this command ends: stop it with `tokenmill broker down`.
+    The first time fetches 45 jars (43 MB) into your cache folder; each is verified against its committed SHA-256 before
+    every start. Kafka goes on running when this command ends: stop it with `tokenmill broker down`.
     """
     folder = data or data_folder()
     with held(folder), progress() as report:
@@ -72,7 +72,7 @@ def down(*, data: Data = None, purge: bool = False) -> None:
         return
     with held(folder), progress() as report:
         cluster = Cluster(folder)
-        if cluster.running:
+        if cluster.running():
             report(f"stopping Apache Kafka: {cluster.brokers}")
         cluster.stop()
         if purge:
@@ -85,7 +85,7 @@ def status(*, data: Data = None, json: Json = False) -> None:
     """Say whether Kafka runs, where, as which process and with how much memory."""
     folder = data or data_folder()
     cluster = Cluster(folder)
-    running = [(node, process) for node in cluster.nodes if (process := node.process)]
+    running = [(node, process) for node in cluster.nodes if (process := node.process())]
     if json:
         nodes = [
             {"node": node.id, "address": node.address, "pid": process.pid, "memory_bytes": process.memory_bytes}

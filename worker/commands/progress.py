@@ -1,4 +1,4 @@
-"""Progress on stderr for any wait over a second: a live spinner on a terminal, plain lines elsewhere. Never touches stdout."""
+"""Progress of any wait over a second, on stderr: a live spinner on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,8 @@
 """A cluster of one to three Kafka nodes in one folder of this machine: start, stop, kill, freeze and find again.
 
-The folder is the truth: its shape (`cluster.json`), and per node the data, settings, log and process number. So any process may
-open a cluster that another one started. Jars come verified from `jars.py`; nothing here starts Java without asking it.
+The folder is the truth: its shape (`cluster.json`), and per node the data, settings, log and process number. So any
+process may open a cluster that another one started. Jars come verified from `jars.py`; nothing here starts Java without
+asking it.
 """
 
 import base64
@@ -41,9 +42,9 @@ class _Shape(msgspec.Struct):
 class Cluster:
     """The cluster in `directory`, made there on the first start; nodes are numbered from 1.
 
-    `owned` (the default, for tests and the demo): no node outlives this process, however it ends; leaving the `with` block
-    kills them all. Not owned: nodes run until somebody stops them. `settings` are extra lines of `server.properties`.
-    Methods that take nodes take all when given none.
+    `owned` (the default, for tests and the demo): no node outlives this process, however it ends; leaving the `with`
+    block kills them all. Not owned: nodes run until somebody stops them. `settings` are extra lines of
+    `server.properties`. Methods that take nodes take all when given none.
     """
 
     def __init__(
@@ -70,24 +71,23 @@ class Cluster:
         """What clients bootstrap from: every node's address, comma-separated."""
         return ",".join(node.address for node in self.nodes)
 
-    @property
     def running(self) -> bool:
         """Whether any node's process runs."""
-        return any(node.process for node in self.nodes)
+        return any(node.process() for node in self.nodes)
 
     def start(self, *ids: int, report: Report = lambda _: None) -> Self:
         """The nodes run and can be given partitions; those that ran already are left alone.
 
-        Returns when every node started here answers clients and sees all the nodes that run. On failure those it started are
-        killed again. Raises `LocalBrokerError`.
+        Returns when every node started here answers clients and sees all the nodes that run. On failure those it
+        started are killed again. Raises `LocalBrokerError`.
         """
-        starting = [node for node in self._chosen(ids) if not node.process]
+        starting = [node for node in self._chosen(ids) if not node.process()]
         if not starting:
             return self
         jars = class_path(report)
         for node in starting:
             require_free(node.port)
-        if not self.running:  # nobody remembers these, so from a standstill they need not be the old ones
+        if not self.running():  # nobody remembers these, so from a standstill they need not be the old ones
             self._shape.controller_ports = free_ports(len(self.nodes))
         self._write_settings()
         try:
@@ -128,7 +128,7 @@ class Cluster:
 
     def purge(self) -> None:
         """Every file of the stopped cluster is gone, and the folder too if nothing else is in it."""
-        if self.running:
+        if self.running():
             raise DataMismatch(f"the cluster in {self.directory} still runs; stop it before its data is deleted")
         for node in self.nodes:
             shutil.rmtree(node.folder, ignore_errors=True)
@@ -170,13 +170,11 @@ class Cluster:
         return shape
 
     def _placed_nodes(self) -> tuple[Node, ...]:
-        return tuple(
-            Node(id, self.directory / f"node-{id}", port) for id, port in enumerate(self._shape.ports, start=1)
-        )
+        return tuple(Node(i, self.directory / f"node-{i}", port) for i, port in enumerate(self._shape.ports, start=1))
 
     def _move(self, port: int) -> None:
         """The nodes will answer at `port` and those after it, from their next start."""
-        if self.running:
+        if self.running():
             raise DataMismatch(
                 f"the cluster in {self.directory} runs at {self.brokers}; stop it before it can move to port {port}"
             )
@@ -184,7 +182,7 @@ class Cluster:
         self.nodes = self._placed_nodes()
 
     def _chosen(self, ids: tuple[int, ...]) -> list[Node]:
-        return [self.nodes[id - 1] for id in ids] if ids else list(self.nodes)
+        return [self.nodes[i - 1] for i in ids] if ids else list(self.nodes)
 
     def _write_settings(self) -> None:
         for node in self.nodes:
@@ -228,10 +226,10 @@ class Cluster:
 
     def _await_ready(self, started: list[Node]) -> None:
         deadline = time.monotonic() + READY_S
-        expected = {node.id for node in self.nodes if node.process}
+        expected = {node.id for node in self.nodes if node.process()}
         for node in started:
             while not nodes_seen(node.port) >= expected:
-                if not node.process:
+                if not node.process():
                     raise BrokerNotReady(node.obituary())
                 if time.monotonic() > deadline:
                     raise BrokerNotReady(f"node {node.id} did not answer within {READY_S:.0f} s; its log is {node.log}")

@@ -1,8 +1,9 @@
-"""The jars that make up Apache Kafka: which ones, where they lie, and the proof that they are the ones that were locked.
+"""The jars that make up Apache Kafka: which ones, where they lie, and the proof that they are the locked ones.
 
-`jars.toml` (written by `python -m worker.local_broker.lock`) holds the version and SHA-256 of every jar. It is the whole class
-path, so nothing is resolved here: a missing jar is fetched by its exact coordinate and enters the cache only once its checksum
-holds, and every jar is hashed again before each start (50 ms for all 45). Addresses are the resolver's business.
+`jars.toml` (written by `python -m worker.local_broker.lock`) holds the version and SHA-256 of every jar. It is the
+whole class path, so nothing is resolved here: a missing jar is fetched by its exact coordinate and enters the cache only
+once its checksum holds, and every jar is hashed again before each start (50 ms for all 45). Addresses are the
+resolver's business.
 """
 
 import hashlib
@@ -54,8 +55,8 @@ def load_lock() -> Lock:
 def class_path(report: Report) -> list[Path]:
     """Every jar of the lock, present and verified just now, in the lock's order.
 
-    Fetches what is missing. Raises `JarMismatch` for a jar that is not the locked one, `JarUnavailable` for one that cannot be
-    fetched, `ExtraMissing` where a fetch is needed and the resolver is not installed.
+    Fetches what is missing. Raises `JarMismatch` for a jar that is not the locked one, `JarUnavailable` for one that
+    cannot be fetched, `ExtraMissing` where a fetch is needed and the resolver is not installed.
     """
     lock = load_lock()
     folder = jar_folder(lock.kafka)

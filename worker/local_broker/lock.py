@@ -1,7 +1,7 @@
 """Writes `jars.toml` anew: `python -m worker.local_broker.lock`, after changing its `kafka` or `roots` by hand.
 
-The one place that resolves Maven dependencies. Run it on purpose, read the difference, commit it. It trusts what the network
-says at that moment; everything else trusts only what it wrote.
+The one place that resolves Maven dependencies. Run it on purpose, read the difference, commit it. It trusts what the
+network says at that moment; everything else trusts only what it wrote.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from jgo.maven import MavenContext
 from worker.local_broker.jars import Jar, Lock, load_lock
 
 HEADER = """\
-# Every jar of the local broker: its version and SHA-256. Written by `python -m worker.local_broker.lock`, which resolves `roots`.
+# Every jar of the local broker: its version and SHA-256. Written by `python -m worker.local_broker.lock` from `roots`.
 # kafka-clients is a root of its own: the resolver would take another version of it from a neighbour's dependencies.
 """
 

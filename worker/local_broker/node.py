@@ -47,7 +47,6 @@ class Node:
         """All it ever printed, runs one after another."""
         return self.folder / "broker.log"
 
-    @property
     def process(self) -> Process | None:
         """Its running process, whoever started it; None when it does not run."""
         if self._child:
@@ -75,7 +74,7 @@ class Node:
 
     def send(self, number: signal.Signals) -> None:
         """The signal was sent to its process, if it runs."""
-        if process := self.process:
+        if process := self.process():
             process.signal(number)
 
     def await_end(self, timeout_s: float) -> None:
@@ -104,7 +103,7 @@ class Node:
 
     def _ends_within(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
-        while self.process:
+        while self.process():
             if time.monotonic() > deadline:
                 return False
             time.sleep(_POLL_S)

@@ -8,8 +8,8 @@ from itertools import islice
 from worker.local_broker.errors import PortTaken
 
 HOST = "127.0.0.1"
-# Below the ranges from which systems take the ports of outgoing connections (32768 up on Linux, 49152 up on macOS): a client
-# that keeps calling a dead node's port could otherwise be given that very port and keep the node from coming back.
+# Below the ranges from which systems take the ports of outgoing connections (32768 up on Linux, 49152 up on macOS): a
+# client that keeps calling a dead node's port could otherwise be given that very port and keep the node from returning.
 _FREE = range(20_000, 32_000)
 _ANSWER_S = 2.0  # a node that starts may accept and then not answer for a while: ask again on a new connection
 _ANSWER_BYTES_MAX = 1 << 20  # a few nodes come to a hundred bytes; anything large is not Kafka
@@ -45,8 +45,8 @@ def _is_free(port: int) -> bool:
 def nodes_seen(port: int) -> set[int]:
     """The ids of the nodes that the one at this port answers for; empty when it does not answer yet.
 
-    Two raw requests, so that no Kafka client is needed: ApiVersions, which any listener that is open for clients answers, then
-    Metadata, which lists the nodes that are registered and unfenced: those that can be given a partition.
+    Two raw requests, so that no Kafka client is needed: ApiVersions, which any listener that is open for clients
+    answers, then Metadata, which lists the nodes that are registered and unfenced: those that can be given a partition.
     """
     try:
         with socket.create_connection((HOST, port), timeout=_ANSWER_S) as connection:

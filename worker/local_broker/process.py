@@ -45,8 +45,9 @@ def find(pid: int) -> Process | None:
 class Lifeline:
     """While the holder lives, so may the process; when the holder is gone, however it went, the process is killed.
 
-    A small shell waits for the end of a pipe that only the holder writes to. Linux's parent-death signal would do without it,
-    but it fires when the *thread* that started the child ends. A holder that forks without exec passes the pipe on to its child.
+    A small shell waits for the end of a pipe that only the holder writes to. Linux's parent-death signal would do
+    without it, but it fires when the *thread* that started the child ends. A holder that forks without exec passes the
+    pipe on to its child, and so the watch too.
     """
 
     def __init__(self, pid: int) -> None:
@@ -93,5 +94,5 @@ else:  # macOS, the other system that the Java wheel serves
 
     def _ps(pid: int, columns: str) -> str:
         return subprocess.run(
-            ["ps", "-o", columns, "-p", str(pid)], capture_output=True, text=True, check=False
+            ["/bin/ps", "-o", columns, "-p", str(pid)], capture_output=True, text=True, check=False
         ).stdout.strip()

@@ -1,4 +1,4 @@
-"""What the nodes are told: `server.properties`, the logging configuration and the JVM's flags, each number with its reason."""
+"""What the nodes are told: `server.properties`, the logging configuration and the JVM's flags."""
 
 from collections.abc import Mapping, Sequence
 
