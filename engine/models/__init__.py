@@ -1,0 +1,20 @@
+"""The models: architectures as data, and the one decoder that computes them all.
+
+Owns `ARCHITECTURES`, by the name that a checkpoint's `config.json` gives itself. To add one of a known kind: a data
+file here and a line below.
+"""
+
+from collections.abc import Mapping
+
+from engine.models import llama, mixtral, smollm2_moe
+from engine.models.decoder import Decoder, KVCache
+from engine.models.hf import Architecture
+from engine.models.spec import ModelSpec
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "LlamaForCausalLM": llama.ARCHITECTURE,
+    "MixtralForCausalLM": mixtral.ARCHITECTURE,
+    "SmolLM2MoeForCausalLM": smollm2_moe.ARCHITECTURE,
+}
+
+__all__ = ["ARCHITECTURES", "Architecture", "Decoder", "KVCache", "ModelSpec"]

@@ -1,0 +1,95 @@
+"""The decoder: from a step's tokens to the logits of the rows that were asked for.
+
+Owns the residual stream and the block cache's tensors. Which blocks belong to whom is `engine/blocks.py`'s affair, the
+batch comes from `engine/batch.py`, and what the logits become is the sampler's.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from engine.models.attention import GroupedQueryAttention
+from engine.models.layers import StepInputs, SwiGlu, Weights, inverse_frequencies
+from engine.models.moe import MixtureOfExperts
+from engine.models.parameters import Parameter
+from engine.models.spec import Dense, FeedForward, LayerSpec, Mixture, ModelSpec
+from kernels.ops import AttentionBatch
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The keys and values of all blocks: for each layer two tensors (N, B, G, D)."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def allocate(
+        cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: str | torch.device = "cpu"
+    ) -> Self:
+        """A cache of `num_blocks` blocks, all zero: `num_blocks * bytes_per_block` bytes."""
+        shapes = [(num_blocks, block_size, layer.mixer.num_kv_heads, layer.mixer.head_size) for layer in spec.layers]
+        keys, values = (tuple(torch.zeros(s, dtype=dtype, device=device) for s in shapes) for _ in range(2))
+        return cls(keys, values)
+
+    @staticmethod
+    def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+        """What one block costs over all layers, keys and values together."""
+        places = sum(2 * layer.mixer.num_kv_heads * layer.mixer.head_size for layer in spec.layers)
+        return block_size * places * dtype.itemsize
+
+
+class Decoder:
+    """A model ready to compute. It keeps no state between steps but its weights."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+        self.spec = spec
+        self.dtype = weights.dtype
+        self.device = weights.device
+        self._ops = weights.ops
+        self._embedding = weights.tensor(Parameter("embedding"))  # (V, C)
+        self._layers = [_Layer(layer, weights, index) for index, layer in enumerate(spec.layers)]
+        self._norm = weights.tensor(Parameter("norm"))  # (C,)
+        head = self._embedding if spec.tied_embeddings else weights.tensor(Parameter("head"))
+        self._head = weights.dense_projection(head)
+        head_size = spec.layers[0].mixer.head_size  # one table of angles serves all layers
+        self._inverse_frequencies = inverse_frequencies(spec.rope, head_size).to(weights.device)  # (D/2,)
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, cache: KVCache, rows: Tensor
+    ) -> Tensor:
+        """The logits (R, V) fp32 that follow the tokens at `rows` (R,); the cache holds the keys and values of all T.
+
+        token_ids (T,) and positions (T,), int64, lie as `batch` says.
+        """
+        angles = positions[:, None].float() * self._inverse_frequencies  # (T, D/2)
+        step = StepInputs(angles.cos(), angles.sin(), batch, cache.keys, cache.values)
+        add_norm, eps = self._ops.add_rms_norm, self.spec.norm_eps
+        residual = self._embedding[token_ids]  # (T, C)
+        branch = torch.zeros_like(residual)  # what is to be added to the residual stream before the next norm
+        for layer in self._layers:
+            normed, residual = add_norm(branch, residual, layer.mixer_norm, eps)
+            normed, residual = add_norm(layer.mixer(normed, step), residual, layer.feed_forward_norm, eps)
+            branch = layer.feed_forward(normed)
+        normed, _ = add_norm(branch[rows], residual[rows], self._norm, eps)
+        return self._head(normed).float()
+
+
+class _Layer:
+    """One layer's branches and the norms before them."""
+
+    def __init__(self, spec: LayerSpec, weights: Weights, index: int) -> None:
+        self.mixer_norm = weights.tensor(Parameter("mixer.norm", index))
+        self.mixer = GroupedQueryAttention(spec.mixer, weights, index)
+        self.feed_forward_norm = weights.tensor(Parameter("feed_forward.norm", index))
+        self.feed_forward = _feed_forward(spec.feed_forward, weights, index)
+
+
+def _feed_forward(spec: FeedForward, weights: Weights, layer: int) -> SwiGlu | MixtureOfExperts:
+    match spec:
+        case Dense():
+            return SwiGlu(weights, layer)
+        case Mixture():
+            return MixtureOfExperts(spec, weights, layer)

@@ -1,0 +1,165 @@
+"""What a Hugging Face `config.json` says, in typed form: the part that the architectures share.
+
+Owns the limits on a configuration's numbers, so that a hostile file costs nothing, and the refusal of what we would
+compute wrongly. An architecture's own file adds its own fields and its tensor names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from engine.errors import ModelError
+from engine.models.parameters import Parameter
+from engine.models.spec import (
+    FeedForward,
+    GroupedQuery,
+    LayerSpec,
+    LinearScaling,
+    Llama3Scaling,
+    Mixture,
+    ModelSpec,
+    Rope,
+)
+
+# The largest published models have 126 layers, 512 experts and 256 thousand tokens. Twice that, or more, is no model
+# but an attack on our memory: the inventory of parameters is as long as layers times experts.
+Layers = Annotated[int, Meta(ge=1, le=256)]
+Experts = Annotated[int, Meta(ge=1, le=1024)]
+Size = Annotated[int, Meta(ge=1, le=2**20)]
+Vocab = Annotated[int, Meta(ge=1, le=2**22)]
+Context = Annotated[int, Meta(ge=1, le=2**24)]
+TokenId = Annotated[int, Meta(ge=0, le=2**22)]
+TokenIds = TokenId | Annotated[list[TokenId], Meta(max_length=64)] | None  # one id, a list of them, or null
+Positive = Annotated[float, Meta(gt=0, le=1e12)]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to read one kind of checkpoint: its configuration, and what it calls our parameters."""
+
+    config: type["DecoderConfig"]
+    names: Mapping[str, str]  # by role, with {layer} and {expert} to be filled in
+
+    def spec_from_config(self, config: Mapping[str, Any]) -> ModelSpec:
+        """The model that a `config.json` describes. Raises ModelError for a field that is missing, out of bounds, or
+        asks for what we do not compute.
+        """
+        try:
+            return msgspec.convert(config, self.config).spec()
+        except msgspec.ValidationError as error:
+            raise ModelError(f"config.json: {error}") from error
+
+    def tensor_name(self, parameter: Parameter) -> str:
+        """What the checkpoint calls the parameter."""
+        return self.names[parameter.role].format(layer=parameter.layer, expert=parameter.expert)
+
+
+class RopeConfig(Struct, kw_only=True):
+    """`rope_parameters`, or the older `rope_scaling` whose kind was called `type`."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+    factor: Positive = 1.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_position_embeddings: Context | None = None
+    partial_rotary_factor: float = 1.0
+
+
+class DecoderConfig(Struct, kw_only=True):
+    """The fields that every decoder of this kind has; unknown ones are ignored."""
+
+    vocab_size: Vocab
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Context
+    rms_norm_eps: Annotated[float, Meta(ge=0, le=1)]
+    rope_theta: Positive = 10_000.0  # the paper's, where the file says nothing
+    rope_parameters: RopeConfig | None = None
+    rope_scaling: RopeConfig | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    sliding_window: int | None = None
+    eos_token_id: TokenIds = None
+
+    def feed_forward(self) -> FeedForward:
+        """The feed-forward of every layer."""
+        raise NotImplementedError
+
+    def spec(self) -> ModelSpec:
+        """The model as data, its layers all alike. Raises ModelError for what we do not compute."""
+        _require(self.hidden_act == "silu", f"hidden_act {self.hidden_act!r} is not supported, only silu")
+        _require(self.sliding_window is None, f"sliding_window {self.sliding_window} is not supported, only null")
+        _require(not self.mlp_bias, "mlp_bias is not supported, only false")
+        feed_forward = self.feed_forward()
+        if isinstance(feed_forward, Mixture):
+            chosen, there = feed_forward.num_chosen, feed_forward.num_experts
+            _require(chosen <= there, f"{chosen} chosen experts are more than the {there} that there are")
+        return ModelSpec(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            layers=(LayerSpec(self._mixer(), feed_forward),) * self.num_hidden_layers,
+            norm_eps=self.rms_norm_eps,
+            rope=self._rope(),
+            tied_embeddings=self.tie_word_embeddings,
+            context_max=self.max_position_embeddings,
+            eos_token_ids=token_ids(self.eos_token_id),
+        )
+
+    def _mixer(self) -> GroupedQuery:
+        H, G = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        D = self.head_dim or self.hidden_size // H
+        _require(H % G == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {G}")
+        _require(D > 0 and D % 2 == 0, f"head_dim {D} is not even: rotary embedding turns pairs")
+        return GroupedQuery(
+            num_heads=H, num_kv_heads=G, head_size=D, bias=self.attention_bias, output_bias=self.attention_bias
+        )
+
+    def _rope(self) -> Rope:
+        config = self.rope_parameters or self.rope_scaling or RopeConfig()
+        theta = config.rope_theta or self.rope_theta
+        kind = config.rope_type or config.type or "default"
+        _require(config.partial_rotary_factor == 1.0, "partial_rotary_factor is not supported, only 1")
+        match kind:
+            case "default":
+                return Rope(theta)
+            case "linear":
+                return Rope(theta, LinearScaling(config.factor))
+            case "llama3":
+                low, high = config.low_freq_factor, config.high_freq_factor
+                _require(low < high, f"low_freq_factor {low} is not below high_freq_factor {high}")
+                original = config.original_max_position_embeddings or self.max_position_embeddings
+                return Rope(theta, Llama3Scaling(config.factor, low, high, original))
+        raise ModelError(f'rope_type {kind!r} is not supported, only "default", "linear" and "llama3"')
+
+
+class GenerationConfig(Struct, kw_only=True):
+    """What `generation_config.json` says to us: more tokens may end an answer than `config.json` names."""
+
+    eos_token_id: TokenIds = None
+
+
+def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """The ids, however many `value` is."""
+    match value:
+        case None:
+            return ()
+        case int():
+            return (value,)
+        case _:
+            return tuple(value)
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ModelError(f"config.json: {otherwise}")

@@ -1,0 +1,125 @@
+"""What every decoder is made of: matrices in a weight format, and the angles of the rotary embedding.
+
+Owns the step from a stored tensor to what a backend multiplies by. Chooses no format and reads no file.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import ModelError
+from engine.models.parameters import Parameter, Tensors
+from engine.models.spec import LinearScaling, Llama3Scaling, Rope
+from engine.quant import FORMATS
+from kernels.ops import AttentionBatch, Ops, WeightKernel
+
+DENSE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a layer's mixer works with beside its input: the same for all layers."""
+
+    cos: Tensor  # (T, D/2) fp32
+    sin: Tensor  # (T, D/2) fp32
+    batch: AttentionBatch
+    key_caches: Sequence[Tensor]  # per layer (N, B, G, D)
+    value_caches: Sequence[Tensor]
+
+
+class Projection:
+    """One matrix (out, in) as its backend likes it, and its bias."""
+
+    def __init__(self, kernel: WeightKernel, weight: Any, bias: Tensor | None = None) -> None:
+        self.kernel = kernel
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The outputs (T, out) of x (T, in)."""
+        y = self.kernel.linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Takes parameters as they are kept and gives them back ready to compute with.
+
+    The layers' matrices get the weight format `format`; embeddings, the head, routers, norms and biases keep `dtype`:
+    they are small, or read one row at a time, and the model is most sensitive to them.
+    """
+
+    tensors: Tensors
+    ops: Ops
+    format: str  # of FORMATS
+    dtype: torch.dtype  # of activations: fp32 or bf16
+    device: torch.device
+
+    def tensor(self, parameter: Parameter) -> Tensor:
+        """The parameter in the activations' dtype."""
+        return self.tensors.take(parameter).to(self.device, self.dtype)
+
+    def projection(self, *fused: Parameter, bias: Sequence[Parameter] = ()) -> Projection:
+        """The matrices one below the other, in the weight format: one multiplication gives all their outputs.
+
+        Raises ModelError, with the parameters' names, where the format cannot hold them.
+        """
+        matrix = torch.cat([self.tensors.take(parameter) for parameter in fused])  # (out, in)
+        try:
+            return self._project(self.format, matrix, bias)
+        except ValueError as error:
+            raise ModelError(f"{' + '.join(map(str, fused))}: {error}") from error
+
+    def dense_projection(self, matrix: Tensor, bias: Sequence[Parameter] = ()) -> Projection:
+        """The matrix (out, in) in its own dtype, whatever the weight format."""
+        return self._project(DENSE_FORMATS[matrix.dtype], matrix, bias)
+
+    def _project(self, name: str, matrix: Tensor, bias: Sequence[Parameter]) -> Projection:
+        kernel = self._kernel(name)
+        weight = kernel.prepare(FORMATS[name].quantize(matrix.to(self.device)))
+        return Projection(kernel, weight, torch.cat([self.tensor(parameter) for parameter in bias]) if bias else None)
+
+    def _kernel(self, name: str) -> WeightKernel:
+        """How the backend multiplies by the format: where it cannot, it unpacks at load and multiplies as dense."""
+        if kernel := self.ops.weights.get(name):
+            return kernel
+        dense_name = DENSE_FORMATS[self.dtype]
+        dense, unpack, pack = self.ops.weights[dense_name], FORMATS[name].dequantize, FORMATS[dense_name].quantize
+        return WeightKernel(prepare=lambda parts: dense.prepare(pack(unpack(parts))), linear=dense.linear)
+
+
+class SwiGlu:
+    """A dense feed-forward: down(silu(gate x) * up x), gate and up in one multiplication."""
+
+    def __init__(self, weights: Weights, layer: int, role: str = "feed_forward") -> None:
+        self._ops = weights.ops
+        self._gate_up = weights.projection(Parameter(f"{role}.gate", layer), Parameter(f"{role}.up", layer))
+        self._down = weights.projection(Parameter(f"{role}.down", layer))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What x (T, C) adds to the residual stream (T, C)."""
+        return self._down(self._ops.swiglu(self._gate_up(x)))
+
+
+def inverse_frequencies(rope: Rope, head_size: int) -> Tensor:
+    """(D/2,) fp32: by how much each pair turns from one position to the next."""
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    frequencies = 1.0 / rope.theta**exponents
+    match rope.scaling:
+        case None:
+            return frequencies
+        case LinearScaling(factor):
+            return frequencies / factor
+        case Llama3Scaling():
+            return _llama3(frequencies, rope.scaling)
+
+
+def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    turns = scaling.original_context * frequencies / (2 * math.pi)  # within the context that the model was trained on
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)  # 0: slow, wholly scaled; 1: fast, kept
+    return frequencies * (kept + (1 - kept) / scaling.factor)

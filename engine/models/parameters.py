@@ -1,0 +1,77 @@
+"""The inventory of a model: which tensors it is made of, and their shapes.
+
+Owns the names by which the engine speaks of parameters. What a checkpoint calls them is its architecture's `names`;
+where the tensors come from is the affair of whoever fills in `Tensors`.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from engine.models.spec import Dense, FeedForward, Mixer, ModelSpec
+
+
+class Parameter(NamedTuple):
+    """One tensor of a model. A matrix is (out, in); gate, up and down are a feed-forward's."""
+
+    role: str  # "embedding", "attention.query", "expert.gate", ...
+    layer: int | None = None
+    expert: int | None = None
+
+
+Shapes = dict[Parameter, tuple[int, ...]]
+
+
+class Tensors(Protocol):
+    """Where a decoder takes its parameters from, each once."""
+
+    def take(self, parameter: Parameter) -> Tensor:
+        """The tensor as it is kept, of the shape that `parameters` says."""
+        ...
+
+
+def parameters(spec: ModelSpec) -> Shapes:
+    """Every parameter of the model with its shape, in the order of the forward pass."""
+    shapes: Shapes = {Parameter("embedding"): (spec.vocab_size, spec.hidden_size)}
+    for index, layer in enumerate(spec.layers):
+        shapes[Parameter("mixer.norm", index)] = (spec.hidden_size,)
+        shapes |= _mixer(layer.mixer, spec.hidden_size, index)
+        shapes[Parameter("feed_forward.norm", index)] = (spec.hidden_size,)
+        shapes |= _feed_forward(layer.feed_forward, spec.hidden_size, index)
+    shapes[Parameter("norm")] = (spec.hidden_size,)
+    if not spec.tied_embeddings:
+        shapes[Parameter("head")] = (spec.vocab_size, spec.hidden_size)
+    return shapes
+
+
+def _mixer(mixer: Mixer, hidden: int, layer: int) -> Shapes:
+    queries, keys = mixer.num_heads * mixer.head_size, mixer.num_kv_heads * mixer.head_size
+    outs = {"attention.query": queries, "attention.key": keys, "attention.value": keys}
+    shapes: Shapes = {Parameter(role, layer): (out, hidden) for role, out in outs.items()}
+    if mixer.bias:
+        shapes |= {Parameter(f"{role}_bias", layer): (out,) for role, out in outs.items()}
+    shapes[Parameter("attention.output", layer)] = (hidden, queries)
+    if mixer.output_bias:
+        shapes[Parameter("attention.output_bias", layer)] = (hidden,)
+    return shapes
+
+
+def _feed_forward(feed_forward: FeedForward, hidden: int, layer: int) -> Shapes:
+    if isinstance(feed_forward, Dense):
+        return _swiglu("feed_forward", hidden, feed_forward.intermediate, layer)
+    shapes: Shapes = {Parameter("router", layer): (feed_forward.num_experts, hidden)}
+    if feed_forward.router_bias:
+        shapes[Parameter("router_bias", layer)] = (feed_forward.num_experts,)
+    if feed_forward.shared_intermediate:
+        shapes |= _swiglu("shared", hidden, feed_forward.shared_intermediate, layer)
+    for expert in range(feed_forward.num_experts):
+        shapes |= _swiglu("expert", hidden, feed_forward.intermediate, layer, expert)
+    return shapes
+
+
+def _swiglu(role: str, hidden: int, intermediate: int, layer: int, expert: int | None = None) -> Shapes:
+    return {
+        Parameter(f"{role}.gate", layer, expert): (intermediate, hidden),
+        Parameter(f"{role}.up", layer, expert): (intermediate, hidden),
+        Parameter(f"{role}.down", layer, expert): (hidden, intermediate),
+    }

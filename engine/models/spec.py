@@ -1,0 +1,98 @@
+"""All that the decoder needs to know of a model, as data.
+
+Owns `ModelSpec` and its parts; they come from a checkpoint by `engine/models/hf.py`, which sets their limits. A model
+of a known kind is one value of this. A new mixer is one more member of `Mixer` (multi-head latent attention) or a field
+of `GroupedQuery` (sliding window, norms of query and key), and one module that computes it. No code that computes ever
+asks for a model's name.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """All angles divided by `factor` (position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Slow angles divided by `factor`, fast ones kept, smooth between (Llama 3.1's rope_type "llama3").
+
+    An angle's speed is counted in turns within `original_context` tokens: up to `low_freq_factor` turns is slow, from
+    `high_freq_factor` turns on is fast.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: pair i of D/2 turns by theta ** (-2 i / D) a position."""
+
+    theta: float
+    scaling: LinearScaling | Llama3Scaling | None = None
+
+
+@dataclass(frozen=True)
+class GroupedQuery:
+    """Attention of H query heads over G key-value heads (arXiv 2305.13245); H = G is the usual, G = 1 multi-query."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    bias: bool = False  # on query, key and value
+    output_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One feed-forward for every token."""
+
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """`num_chosen` of `num_experts` for each token, beside one shared expert where `shared_intermediate` is not 0.
+
+    `score` and `renormalise` are those of `Ops.route`. The router's bias is a part of its logits.
+    """
+
+    num_experts: int
+    num_chosen: int
+    intermediate: int
+    shared_intermediate: int = 0
+    score: str = "softmax"
+    renormalise: bool = True
+    router_bias: bool = False
+
+
+Mixer = GroupedQuery
+FeedForward = Dense | Mixture
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer: what mixes tokens, then what works on each alone."""
+
+    mixer: Mixer
+    feed_forward: FeedForward
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only model: embedding, layers over one residual stream with a norm before each branch, norm, head."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    norm_eps: float
+    rope: Rope
+    tied_embeddings: bool  # the head is the embedding
+    context_max: int
+    eos_token_ids: tuple[int, ...] = ()
