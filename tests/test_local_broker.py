@@ -138,6 +138,16 @@ def test_a_node_that_dies_at_its_start_shows_the_end_of_its_log(tmp_path: Path) 
     assert not cluster.running()
 
 
+def test_a_node_that_does_not_answer_in_time_is_not_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.local_broker.cluster.READY_S", 0.1)
+    cluster = Cluster(tmp_path)
+    with pytest.raises(BrokerNotReady, match="node 1 did not answer within"):
+        cluster.start()
+    assert not cluster.running()
+
+
 async def test_a_transaction_makes_the_round_trip(kafka: Any) -> None:
     topic = f"round-trip-{time.time_ns()}"
     await create_topic(kafka.brokers, topic)

@@ -1,8 +1,8 @@
 """The jars that make up Apache Kafka: which ones, where they lie, and the proof that they are the locked ones.
 
 `jars.toml` (written by `python -m worker.local_broker.lock`) holds the version and SHA-256 of every jar. It is the
-whole class path, so nothing is resolved here: a missing jar is fetched by its exact coordinate and enters the cache only
-once its checksum holds, and every jar is hashed again before each start (50 ms for all 45). Addresses are the
+whole class path, so nothing is resolved here: a missing jar is fetched by its exact coordinate and enters the cache
+only once its checksum holds, and every jar is hashed again before each start (50 ms for all 45). Addresses are the
 resolver's business.
 """
 
