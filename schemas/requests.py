@@ -21,13 +21,19 @@ TOP_LOGPROBS_MAX = 20  # OpenAI's limit
 TOKENS_MAX = 1_048_576  # longest context of any model in use
 METADATA_MAX = 64
 
-Name = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+# Names travel in headers, logs and terminals: no control characters (CloudEvents forbids them too). `$` alone would let a
+# line break at the end pass, in Python's dialect; the look-ahead closes that gap and means the same in JavaScript's.
+NO_CONTROLS = r"^[^\u0000-\u001f\u007f-\u009f]+$(?!\n)"
+
+Name = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX, pattern=NO_CONTROLS)]
 Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenCount = Annotated[int, Meta(ge=1, le=TOKENS_MAX)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Dollars = Annotated[str, Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,12})?$", description="US dollars, to the picodollar")]
+Dollars = Annotated[
+    str, Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,12})?$(?!\n)", description="US dollars, to the picodollar")
+]
 
 
 class TextPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):

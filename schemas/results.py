@@ -20,6 +20,7 @@ class ErrorCode:
     BUDGET_EXCEEDED = "BUDGET_EXCEEDED"  # max_cost is below what the answer may cost
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     INFERENCE_ERROR = "INFERENCE_ERROR"  # the engine failed on this request alone
+    RESULT_TOO_LARGE = "RESULT_TOO_LARGE"  # the answer does not fit into one record
 
 
 class Input(Struct, frozen=True, kw_only=True):
@@ -59,7 +60,7 @@ class TextLogprobs(Struct, frozen=True, kw_only=True):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
+    text_offset: list[int]  # characters of the answer before each token
 
 
 class AssistantMessage(Struct, frozen=True, kw_only=True):
@@ -151,11 +152,11 @@ class Bill(Struct, frozen=True, kw_only=True):
 
 
 class Timing(Struct, frozen=True, kw_only=True):
-    """Where the time went, in milliseconds; the names are vLLM's."""
+    """Where the time went, in milliseconds; the names are vLLM's. Their sum is the time from record to answer."""
 
-    queue_time_ms: float
-    time_to_first_token_ms: float
-    generation_time_ms: float
+    queue_time_ms: float  # from the record's timestamp until the worker took it on
+    time_to_first_token_ms: float  # from there to the first token of any choice
+    generation_time_ms: float  # from there to the end of the last choice
 
 
 class Failed(Struct, frozen=True, kw_only=True):
@@ -183,7 +184,7 @@ class Chunk(Struct, frozen=True, kw_only=True):
     """A streamed piece of text on the live topic: a preview, may be lost or repeated; the completion is the truth.
 
     `sequence` counts up from 0 within one worker's attempt at one choice; a reader that sees it start again drops what
-    it had.
+    it had. `usage` comes with the request's last chunk, where `stream_options.include_usage` asks for it.
     """
 
     id: str
@@ -194,3 +195,4 @@ class Chunk(Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None
     input: Input
     worker: str
+    usage: Usage | None = None
