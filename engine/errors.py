@@ -1,4 +1,4 @@
-"""What can be wrong with what the engine is given to load. The worker turns it into an exit of its own kind."""
+"""What can be wrong with what the engine is given. The worker turns each into an answer or an exit of its own kind."""
 
 
 class ModelError(Exception):
@@ -6,3 +6,11 @@ class ModelError(Exception):
 
     Its text names the file, tensor or setting, and says what to do where there is something to do.
     """
+
+
+class EngineMisconfigured(Exception):
+    """The settings contradict each other, the model or the machine; the text says which to change."""
+
+
+class RequestRefused(Exception):
+    """The engine could never run this request; the text says why. Nothing of it is kept."""

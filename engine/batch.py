@@ -1,0 +1,67 @@
+"""A plan as tensors: what the decoder reads in one step.
+
+Owns the translation of positions into places in the cache. Built anew for every step, from shares alone: what a
+sequence's share becomes does not depend on the others in the batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+from torch import Tensor
+
+from engine.sequence import Share
+from kernels.ops import AttentionBatch
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input: T tokens of S sequences, R of which have a token sampled behind them."""
+
+    token_ids: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64
+    attention: AttentionBatch
+    rows: Tensor  # (R,) int64, into T, in the order of the shares
+
+
+def build_batch(shares: list[Share], block_size: int, device: torch.device) -> Batch:
+    """The tensors of a step, on the device; worked out on the host in a few arrays, whatever the number of shares."""
+    lengths = np.array([len(share.tokens) for share in shares], dtype=np.int64)  # (S,)
+    starts = np.array([share.start for share in shares], dtype=np.int64)  # (S,)
+    num_rows = np.array([share.num_rows for share in shares], dtype=np.int64)  # (S,)
+    ends = lengths.cumsum()  # (S,) behind each share's last row
+    owners = np.repeat(np.arange(len(shares)), lengths)  # (T,) the share of each row
+    positions = _ranges(starts, lengths)  # (T,)
+    tables = _block_tables(shares)  # (S, N)
+    slots = tables[owners, positions // block_size] * block_size + positions % block_size  # (T,)
+    token_ids = np.array([token for share in shares for token in share.tokens], dtype=np.int64)  # (T,)
+
+    def send(array: Integers) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    attention = AttentionBatch(
+        block_tables=send(tables),
+        query_starts=[0, *ends.tolist()],
+        context_lens=(starts + lengths).tolist(),
+        slots=send(slots),
+    )
+    return Batch(send(token_ids), send(positions), attention, send(_ranges(ends - num_rows, num_rows)))
+
+
+def _ranges(starts: Integers, lengths: Integers) -> Integers:
+    """starts[0], starts[0] + 1, ... lengths[0] of them, then those of the next: (sum of lengths,)."""
+    firsts = lengths.cumsum() - lengths  # where each range begins in the result
+    offsets: Integers = np.repeat(starts - firsts, lengths)
+    return np.arange(len(offsets)) + offsets
+
+
+def _block_tables(shares: list[Share]) -> Integers:
+    """Each sequence's blocks, padded with 0: (S, blocks of the longest) int64."""
+    widest = max(len(share.sequence.blocks) for share in shares)
+    tables = np.zeros((len(shares), widest), dtype=np.int64)
+    for row, share in zip(tables, shares, strict=True):
+        row[: len(share.sequence.blocks)] = share.sequence.blocks
+    return tables

@@ -1,0 +1,110 @@
+"""An engine from a checkpoint: backend, decoder, cache, scheduler and runner put together.
+
+Owns what the settings leave open: device, number format and the size of the cache follow from the machine and the model.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from engine.batch import Batch
+from engine.blocks import BlockCache
+from engine.config import EngineConfig, num_blocks_within
+from engine.core import Core
+from engine.errors import EngineMisconfigured
+from engine.loader import Progress, load
+from engine.metering import Meter
+from engine.models.decoder import Decoder, KVCache
+from engine.runner import Runner
+from engine.scheduler import Scheduler
+from engine.types import Capacity
+from kernels import reference
+from kernels.ops import Ops
+
+
+def build(config: EngineConfig, model_path: Path, progress: Progress | None = None) -> Core:
+    """An engine that is ready to step. `progress` hears of the weights in bytes.
+
+    Raises ModelError where the checkpoint cannot be used, EngineMisconfigured where the settings do not suit it.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = _device(config)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    weights = config.weights if config.weights != "auto" else "fp32" if device.type == "cpu" else "bf16"
+    ops = backend(device)
+    decoder = load(model_path, ops, weights=weights, dtype=dtype, device=device, progress=progress)
+    blocks = BlockCache(_num_blocks(config, decoder), config.block_size)
+    cache = KVCache.allocate(decoder.spec, blocks.num_blocks, config.block_size, dtype, device)
+    capacity = _capacity(config, decoder, blocks)
+
+    def forward(batch: Batch) -> torch.Tensor:
+        return decoder.forward(batch.token_ids, batch.positions, batch.attention, cache, batch.rows)
+
+    return Core(
+        Scheduler(config, blocks, capacity.context_max),
+        Runner(forward, ops, config.block_size, device),
+        Meter(),
+        capacity,
+    )
+
+
+def backend(device: torch.device) -> Ops:
+    """The fastest table that there is for the device."""
+    return reference.OPS
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch has no type of its own for a device that is not there
+        raise EngineMisconfigured(f"device {config.device!r} cannot be used: {error}; take cpu, cuda or auto") from error
+    return device
+
+
+def _num_blocks(config: EngineConfig, decoder: Decoder) -> int:
+    if config.cache_tokens:
+        return config.cache_tokens // config.block_size
+    bytes_per_block = KVCache.bytes_per_block(decoder.spec, config.block_size, decoder.dtype)
+    memory_bytes = int(free_memory_bytes(decoder.device) * config.cache_memory_share)
+    # More than all sequences at their longest could fill is of no use.
+    useful = config.sequences_max * -(-(config.context_max or decoder.spec.context_max) // config.block_size)
+    return min(useful, num_blocks_within(memory_bytes, bytes_per_block))
+
+
+def _capacity(config: EngineConfig, decoder: Decoder, blocks: BlockCache) -> Capacity:
+    spec, cache_tokens = decoder.spec, blocks.num_blocks * config.block_size
+    if config.context_max > spec.context_max:
+        raise EngineMisconfigured(f"context_max is {config.context_max}; the model was made for {spec.context_max}")
+    if config.context_max > cache_tokens:
+        raise EngineMisconfigured(
+            f"context_max is {config.context_max}, and the cache holds {cache_tokens} tokens; "
+            "lower context_max or raise cache_tokens"
+        )
+    return Capacity(
+        cache_tokens=cache_tokens,
+        # A sequence that has the cache to itself always fits, so that the scheduler can always go on.
+        context_max=config.context_max or min(spec.context_max, cache_tokens),
+        vocab_size=spec.vocab_size,
+        eos_token_ids=spec.eos_token_ids,
+    )
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """What the device could still give; on the host, within the container's limit where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
+    return free_bytes if limit is None or used is None else min(free_bytes, max(0, limit - used))
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    """A number of the control group (v2) that we are in; None where there is none or it says `max`."""
+    path = Path("/sys/fs/cgroup") / name
+    text = path.read_text().strip() if path.exists() else ""
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,120 @@
+"""The engine's settings, its limits on what may be asked of it, and how large its cache may be.
+
+Owns numbers and their validation. Where they come from (flags, files, environment) is the worker's affair.
+"""
+
+from dataclasses import dataclass
+
+from engine.errors import EngineMisconfigured, RequestRefused
+from engine.types import Capacity, Request
+
+CHOICES_MAX = 128  # OpenAI's own limit for n; each choice is a sequence with host memory of its own
+LOGPROBS_MAX = 20  # OpenAI's own limit for top_logprobs; the events of a step grow with it
+STOP_TOKENS_MAX = 64  # each is looked at for every row of a sequence below tokens_min
+INTEGER_BITS = 64  # ids and seeds are integers of the wire
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the engine uses the machine. Raises EngineMisconfigured where the numbers cannot work together."""
+
+    device: str = "cpu"
+    weights: str = "auto"  # a name in engine/quant FORMATS, or auto: as the checkpoint has them
+    threads: int = 0  # processor threads of tensor work; 0: all cores
+
+    block_size: int = 16  # vLLM's too: prefixes are shared in whole blocks, and a sequence wastes half of one
+    cache_tokens: int = 0  # 0: as `cache_memory_share` of the free memory allows
+    cache_memory_share: float = 0.5  # the rest is for activations and for whoever else lives here
+
+    context_max: int = 0  # prompt + output of one sequence; 0: as the model and the cache allow
+    tokens_per_step_max: int = 512  # a prompt's chunk: the longest that a running sequence waits for its next token
+    sequences_max: int = 32  # running at once
+    drafts_max: int = 0  # proposed for a sequence in one step
+    draft_cost: float = 0.3  # of one more token in a step, as a share of a step with one
+    ageing: int = 64  # later requests that may go before one whose priority number is higher by 1
+
+    def __post_init__(self) -> None:
+        for name, low in _LOWEST.items():
+            if getattr(self, name) < low:
+                raise EngineMisconfigured(f"{name} is {getattr(self, name)}; it must be {low} or more")
+        if not 0 < self.cache_memory_share < 1:
+            raise EngineMisconfigured(f"cache_memory_share is {self.cache_memory_share}; it must be between 0 and 1")
+        if self.cache_tokens % self.block_size:
+            raise EngineMisconfigured(
+                f"cache_tokens is {self.cache_tokens}, not a multiple of block_size {self.block_size}; "
+                f"take {-(-self.cache_tokens // self.block_size) * self.block_size}"
+            )
+        needed = self.sequences_max * (1 + self.drafts_max)
+        if needed > self.tokens_per_step_max:
+            raise EngineMisconfigured(
+                f"tokens_per_step_max is {self.tokens_per_step_max}, too few for {self.sequences_max} sequences with "
+                f"{self.drafts_max} drafts each; raise it to {needed}, or lower sequences_max or drafts_max"
+            )
+
+
+_LOWEST = {
+    "threads": 0,
+    "block_size": 1,
+    "cache_tokens": 0,
+    "context_max": 0,
+    "tokens_per_step_max": 1,
+    "sequences_max": 1,
+    "drafts_max": 0,
+    "draft_cost": 0,
+    "ageing": 0,
+}
+
+
+def num_blocks_within(memory_bytes: int, bytes_per_block: int) -> int:
+    """As many blocks as fit into the memory. Raises EngineMisconfigured where not even one does."""
+    if memory_bytes < bytes_per_block:
+        raise EngineMisconfigured(
+            f"{memory_bytes} bytes are left for the cache, and one block takes {bytes_per_block}; "
+            "use a smaller model or weight format, or set cache_tokens"
+        )
+    return memory_bytes // bytes_per_block
+
+
+def check_request(request: Request, capacity: Capacity) -> None:
+    """Raise RequestRefused if the engine could never run the request, with what it could. Any thread may ask."""
+    for holds, text in _demands(request, capacity):
+        if not holds:
+            raise RequestRefused(text)
+
+
+def _demands(request: Request, capacity: Capacity) -> list[tuple[bool, str]]:
+    prompt, sampling = request.prompt, request.sampling
+    vocabulary = range(capacity.vocab_size)
+    seeds = range(-(1 << INTEGER_BITS - 1), 1 << INTEGER_BITS)
+    # NaN lies within no range, so the comparisons refuse it too.
+    return [
+        (len(prompt) > 0, "the prompt has no tokens"),
+        (
+            len(prompt) < capacity.context_max,
+            f"the prompt has {len(prompt)} tokens; it must leave room for one more within {capacity.context_max}",
+        ),
+        (all(token in vocabulary for token in prompt), f"a prompt token is not within 0 .. {capacity.vocab_size - 1}"),
+        (sampling.tokens_max >= 1, f"tokens_max is {sampling.tokens_max}; it must be 1 or more"),
+        (
+            0 <= sampling.tokens_min <= sampling.tokens_max,
+            f"tokens_min is {sampling.tokens_min}; it must be within 0 .. tokens_max ({sampling.tokens_max})",
+        ),
+        (0 <= sampling.temperature < float("inf"), f"temperature {sampling.temperature} is not a number from 0 up"),
+        (sampling.top_k >= 0, f"top_k is {sampling.top_k}; it must be 0 (all) or more"),
+        (0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}; it must be above 0 and at most 1"),
+        (0 <= sampling.min_p <= 1, f"min_p is {sampling.min_p}; it must be within 0 .. 1"),
+        (sampling.seed in seeds, f"the seed does not fit {INTEGER_BITS} bits"),
+        (
+            1 <= sampling.num_choices <= CHOICES_MAX,
+            f"num_choices is {sampling.num_choices}; it must be within 1 .. {CHOICES_MAX}",
+        ),
+        (
+            sampling.num_logprobs is None or 0 <= sampling.num_logprobs <= min(LOGPROBS_MAX, capacity.vocab_size),
+            f"num_logprobs is {sampling.num_logprobs}; it must be within 0 .. {LOGPROBS_MAX}",
+        ),
+        (len(sampling.stop_token_ids) <= STOP_TOKENS_MAX, f"there are more than {STOP_TOKENS_MAX} stop tokens"),
+        (
+            all(token in vocabulary for token in sampling.stop_token_ids),
+            f"a stop token is not within 0 .. {capacity.vocab_size - 1}",
+        ),
+    ]

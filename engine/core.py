@@ -1,0 +1,45 @@
+"""The engine: requests in, what each step changed out.
+
+Owns the loop's body and how the parts are put together. Blocking, and one thread's: `thread.py` turns it.
+"""
+
+from engine.config import check_request
+from engine.metering import Meter
+from engine.runner import Runner
+from engine.scheduler import Scheduler
+from engine.types import Capacity, EngineStats, Request, StepResult
+
+
+class Core:
+    """Scheduler, runner and meter, working as one engine. `build` makes one of a checkpoint."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, meter: Meter, capacity: Capacity) -> None:
+        self.capacity = capacity
+        self.meter = meter
+        self._scheduler = scheduler
+        self._runner = runner
+
+    def step(self) -> StepResult:
+        """Everyone in the plan has caught up by their share; with nothing to do, the time since the last step was idle."""
+        plan = self._scheduler.plan()
+        accepted = self._runner.execute(plan)
+        committed = self._scheduler.commit(plan, accepted)
+        idle_ns, charges = self.meter.settle(committed.spent)
+        return StepResult(idle_ns=idle_ns, tokens=committed.tokens, finished=committed.finished, charges=charges)
+
+    def submit(self, request: Request) -> None:
+        """The request waits for its turn. Raises RequestRefused if it could never run, or its id is in use."""
+        check_request(request, self.capacity)
+        self._scheduler.submit(request)
+
+    def cancel(self, request_id: int) -> None:
+        """The next step tells that the request's choices have stopped; one that is not known is passed over."""
+        self._scheduler.cancel(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        """Counts since the start, and how full the engine is now."""
+        return self._scheduler.stats()

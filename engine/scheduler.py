@@ -1,0 +1,234 @@
+"""What the engine computes next. One rule decides it all:
+
+    A sequence has tokens that should be computed and tokens that are. Each step hands out a budget of tokens so that the
+    second catch up with the first.
+
+There is no prefill phase and no decode phase. A new prompt is many tokens behind and catches up in one share or in
+several (chunked prefill). A sequence that has caught up samples a token and so is one behind again (decode). A cached
+prefix is a head start. A preempted sequence has computed nothing again. Drafts are tokens that should be computed, on
+trial. The runner does not know these words, and below they only name what the rule brings about.
+
+Owns the order: who runs, who waits, who gives way. Never touches a tensor, a clock or another thread. Requests come from
+`core.py`, plans go to the runner, what they brought comes back through `commit`.
+"""
+
+from bisect import insort
+from collections import Counter
+from dataclasses import dataclass, field
+
+from engine.blocks import BlockCache
+from engine.config import EngineConfig
+from engine.errors import RequestRefused
+from engine.metering import Spent, work_of
+from engine.sequence import Accepted, Rank, Sequence, Share
+from engine.speculative import Drafting
+from engine.types import EngineStats, Finished, FinishReason, Logprob, Request, Token
+
+
+@dataclass
+class Plan:
+    """What one step computes: each sequence at most once, the more urgent first."""
+
+    budget: int  # tokens that may still be added
+    shares: list[Share] = field(default_factory=list)
+
+    def add(self, sequence: Sequence) -> None:
+        """As much of the sequence's pending tokens as the budget allows is part of the step."""
+        share = sequence.share(self.budget)
+        self.budget -= len(share.tokens)
+        self.shares.append(share)
+
+
+@dataclass
+class Committed:
+    """What one step changed, for the worker and for the meter."""
+
+    tokens: list[Token] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    spent: list[Spent] = field(default_factory=list)
+
+
+class Scheduler:
+    """All sequences that the engine has, and the order among them. One thread's."""
+
+    def __init__(self, config: EngineConfig, blocks: BlockCache, context_max: int) -> None:
+        self._config = config
+        self._blocks = blocks
+        self._context_max = context_max
+        self._running: list[Sequence] = []  # by rank; they hold blocks
+        self._waiting: list[Sequence] = []  # by rank; they hold none
+        self._num_submitted = 0
+        self._committed = Committed()  # gathers until the step's end
+        self._totals: Counter[str] = Counter()  # by the names of EngineStats
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return self._running + self._waiting
+
+    @property
+    def has_work(self) -> bool:
+        """Something to plan, or something finished that nobody has been told of."""
+        return bool(self._running or self._waiting or self._committed.finished)
+
+    def submit(self, request: Request) -> None:
+        """Each choice of the request waits for its turn. Raises RequestRefused where the id is in use."""
+        if any(sequence.request.id == request.id for sequence in self.sequences):
+            raise RequestRefused(f"request {request.id} is still running; ids may be used again once all choices finished")
+        self._num_submitted += 1
+        # Ageing in arrivals, not seconds: at most `ageing` later requests go first for each step of priority, so that
+        # nothing starves, and the order is the same at every run.
+        urgency = self._num_submitted + request.priority * self._config.ageing
+        leader: Sequence | None = None
+        for choice in range(request.sampling.num_choices):
+            sequence = Sequence(
+                request=request,
+                choice=choice,
+                rank=(urgency, self._num_submitted, choice),
+                length_max=min(len(request.prompt) + request.sampling.tokens_max, self._context_max),
+                drafting=Drafting(self._config.drafts_max, self._config.draft_cost),
+                leader=leader,
+            )
+            leader = leader or sequence
+            insort(self._waiting, sequence, key=_rank)
+
+    def cancel(self, request_id: int) -> None:
+        """No choice of the request runs on; each that did finishes as stopped. An unknown id is none of our business:
+        the request may have finished while the caller made up its mind."""
+        for sequence in self.sequences:
+            if sequence.request.id == request_id:
+                self._finish(sequence, FinishReason.STOP)
+
+    def plan(self) -> Plan:
+        """Hand out the step's tokens: running sequences first, then waiting ones, each in order of rank."""
+        plan = Plan(self._config.tokens_per_step_max)
+        # Preemption takes from the list's end while we walk it: a sequence given up is one we have not come to.
+        for sequence in self._running:
+            if plan.budget and self._make_room(sequence):
+                plan.add(sequence)
+        for sequence in [sequence for sequence in self._waiting if not sequence.is_held]:
+            # Strictly in order: if a small one went ahead of a large one that lacks room, the large one would starve.
+            if not plan.budget or not self._admit(sequence):
+                break
+            plan.add(sequence)
+        return plan
+
+    def commit(self, plan: Plan, accepted: list[Accepted]) -> Committed:
+        """The plan has been computed and brought these tokens: sequences have grown, and some are over."""
+        for share, brought in zip(plan.shares, accepted, strict=True):
+            self._commit(share, brought)
+        self._totals.update(num_steps=bool(plan.shares))
+        committed, self._committed = self._committed, Committed()
+        return committed
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            blocks_used=self._blocks.num_held,
+            blocks_total=self._blocks.num_blocks,
+            **self._totals,
+        )
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A running sequence holds blocks for what it should compute, if need be those of the lowest-ranked one."""
+        sequence.draft()
+        if sequence.drafts and not self._blocks.extend(sequence, len(sequence.tokens) + len(sequence.drafts)):
+            sequence.drafts = []  # nobody gives way to a trial
+        while not self._blocks.extend(sequence, len(sequence.tokens)):
+            lowest = self._running[-1]
+            if lowest is sequence:
+                # It keeps its blocks and sits out the step: those above it need no work redone, and may finish.
+                return False
+            self._preempt(lowest)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """The sequence gives up its blocks and waits; what it had computed it computes again, or finds still cached."""
+        self._blocks.release(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self._totals.update(num_preemptions=1)
+        self._running.remove(sequence)
+        insort(self._waiting, sequence, key=_rank)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """A waiting sequence runs, with its cached prefix and blocks for all its tokens; or there is no room yet."""
+        if len(self._running) == self._config.sequences_max:
+            return False
+        # A spare block for each that runs: a newcomer who makes the others run out at once would only be preempted.
+        num_cached = self._blocks.claim(sequence, spare=len(self._running))
+        if num_cached is None:
+            return False
+        # Only what was never computed before is a prompt token saved; the rest is less of a preempted one's work redone.
+        num_saved = max(0, min(num_cached, sequence.num_prompt) - sequence.num_reached)
+        is_new = sequence.num_reached == 0
+        self._totals.update(prefix_hit_tokens=num_saved, prompt_tokens=sequence.num_prompt if is_new else 0)
+        sequence.num_cached += num_saved
+        sequence.reach(num_cached)
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=_rank)
+        return True
+
+    def _commit(self, share: Share, brought: Accepted) -> None:
+        """One sequence has what its share brought, up to where it ends."""
+        sequence = share.sequence
+        num_kept, reason = (0, FinishReason.FAILED) if brought.error else sequence.ending(brought.tokens)
+        self._account(share, num_kept)
+        self._committed.tokens += _token_events(sequence, brought, num_kept)
+        sequence.tokens += brought.tokens[:num_kept]
+        sequence.drafts = []
+        # The newest token is never computed yet. What rejected drafts left in the cache is overwritten by what follows.
+        sequence.reach(min(share.stop, len(sequence.tokens) - 1))
+        self._blocks.remember(sequence)
+        if reason:
+            self._finish(sequence, reason, brought.error)
+
+    def _account(self, share: Share, num_kept: int) -> None:
+        """The work of a share is counted, before its sequence grows."""
+        sequence = share.sequence
+        num_drafted, num_accepted = len(share.drafts), max(0, num_kept - 1)
+        sequence.drafting.learn(num_drafted, num_accepted)
+        sequence.num_drafted += num_drafted
+        sequence.num_accepted += num_accepted
+        sequence.num_recomputed += share.num_again
+        self._committed.spent += work_of(share, num_kept)
+        self._totals.update(num_drafted=num_drafted, num_accepted=num_accepted)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
+        """The sequence is gone, wherever it stood; the step's end tells."""
+        (self._running if sequence.blocks else self._waiting).remove(sequence)
+        if error:
+            self._blocks.forget(sequence)
+        self._blocks.release(sequence)
+        sequence.is_over = True
+        self._committed.finished.append(
+            Finished(
+                request=sequence.request.id,
+                choice=sequence.choice,
+                reason=reason,
+                usage=sequence.usage(),
+                error=error,
+            )
+        )
+
+
+def _rank(sequence: Sequence) -> Rank:
+    return sequence.rank
+
+
+def _token_events(sequence: Sequence, brought: Accepted, num_tokens: int) -> list[Token]:
+    nothing: tuple[None, tuple[Logprob, ...]] = (None, ())
+    events = []
+    for place, token in enumerate(brought.tokens[:num_tokens]):
+        logprob, top_logprobs = brought.logprobs[place] if brought.logprobs else nothing
+        events.append(
+            Token(
+                request=sequence.request.id,
+                choice=sequence.choice,
+                index=sequence.num_output + place,
+                token=token,
+                logprob=logprob,
+                top_logprobs=top_logprobs,
+            )
+        )
+    return events

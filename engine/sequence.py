@@ -1,0 +1,145 @@
+"""A sequence and its share of a step: the two values that the whole engine core speaks in.
+
+Owns what is known of one choice of a request: its tokens, how many of them are computed, its block table and its counts.
+Never decides what runs (`scheduler.py`) or which block is whose (`blocks.py`). Made at submit, dropped when finished.
+"""
+
+from dataclasses import dataclass, field
+
+from engine.speculative import Drafting
+from engine.types import FinishReason, Logprob, Request, Usage
+
+Rank = tuple[int, int, int]
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One choice of a request while the engine runs it.
+
+    `tokens` (the prompt, then every accepted token) followed by `drafts` is what *should* be computed; the first
+    `num_computed` of them *are*. All that the engine does for a sequence is to make the second catch up with the first.
+    """
+
+    request: Request
+    choice: int
+    rank: Rank  # smaller runs first
+    length_max: int  # prompt + output: the request's tokens_max or the engine's context_max, whichever ends it first
+    drafting: Drafting
+    leader: "Sequence | None" = None  # choice 0 of the same request, which computes the prompt for all
+    is_over: bool = False
+
+    tokens: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)  # proposed for the step being planned, empty between steps
+    num_computed: int = 0  # tokens in the cache now, whether by work or by a shared prefix
+    num_reached: int = 0  # the most that num_computed has ever been: work below it is done again
+
+    blocks: list[int] = field(default_factory=list)  # token p stands in blocks[p // B], place p % B
+    block_keys: list[bytes] = field(default_factory=list)  # of the leading full blocks of `tokens`, grown when asked for
+    num_remembered: int = 0  # leading blocks that the prefix cache has been told of
+
+    num_cached: int = 0  # prompt tokens that never had to be computed
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_recomputed: int = 0
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens to compute until it has caught up; at least 1, for the last token's successor is what is wanted."""
+        return len(self.tokens) + len(self.drafts) - self.num_computed
+
+    @property
+    def is_held(self) -> bool:
+        """Its leader is still at the prompt: to start now would compute the same blocks twice."""
+        return self.leader is not None and self.leader.num_output == 0 and not self.leader.is_over
+
+    def draft(self) -> None:
+        """Once all but the newest token is computed, propose what may follow it."""
+        if self.num_pending == 1:
+            # A step accepts one token more than drafts, and none may pass length_max.
+            self.drafts = self.drafting.propose(self.tokens, self.length_max - len(self.tokens) - 1)
+
+    def share(self, budget: int) -> "Share":
+        """The next `budget` pending tokens, or all of them."""
+        start = self.num_computed
+        stop = start + min(self.num_pending, budget)
+        tokens = self.tokens[start:stop]
+        tokens += self.drafts[: stop - start - len(tokens)]
+        return Share(self, start, tokens, num_rows=max(0, stop - (len(self.tokens) - 1)))
+
+    def ending(self, tokens: list[int]) -> tuple[int, FinishReason | None]:
+        """How many of the tokens to append, and the reason if the last of them ends the sequence."""
+        num_left = self.length_max - len(self.tokens)
+        for num_kept, token in enumerate(tokens[:num_left], start=1):
+            if token in self.request.sampling.stop_token_ids:
+                return num_kept, FinishReason.STOP
+        return (num_left, FinishReason.LENGTH) if len(tokens) >= num_left else (len(tokens), None)
+
+    def reach(self, num_computed: int) -> None:
+        """The first `num_computed` tokens are in the cache, and whatever stands behind them there counts for nothing."""
+        self.num_computed = num_computed
+        self.num_reached = max(self.num_reached, num_computed)
+
+    def usage(self) -> Usage:
+        return Usage(
+            num_prompt=self.num_prompt,
+            num_cached=self.num_cached,
+            num_output=self.num_output,
+            num_drafted=self.num_drafted,
+            num_accepted=self.num_accepted,
+            num_recomputed=self.num_recomputed,
+            num_preemptions=self.num_preemptions,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A sequence's share of one step: compute `tokens`, which stand at `start` and after.
+
+    The last `num_rows` of them are those whose successor is not known, so that a token is sampled behind each: none
+    amid a prompt, one when the sequence catches up, one more for each draft.
+    """
+
+    sequence: Sequence
+    start: int
+    tokens: list[int]
+    num_rows: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def num_again(self) -> int:
+        """Tokens that had been computed before; ask before the sequence grows."""
+        return max(0, min(self.stop, self.sequence.num_reached) - self.start)
+
+    @property
+    def first_row(self) -> int:
+        """Position of the first token behind which one is sampled."""
+        return self.stop - self.num_rows
+
+    @property
+    def drafts(self) -> list[int]:
+        return self.tokens[len(self.tokens) - self.num_rows + 1 :] if self.num_rows else []
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a share brought: the tokens to append, none amid a prompt. With `error` set the sequence cannot go on."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: "list[tuple[Logprob, tuple[Logprob, ...]]] | None" = None  # one for each token, where asked for
+    error: str = ""
+

@@ -1,0 +1,82 @@
+"""Drafts: tokens proposed to follow a sequence, so that one step may accept several.
+
+Owns where drafts come from, how many are worth their work, and which are kept. Never computes: drafts are pending tokens
+like any other, and the model's own choice behind each of them decides.
+
+Every position is sampled with that position's own random number whether a draft stands there or not, and a draft is kept
+as long as it equals what was sampled. So the output is the one of plain decoding, token for token, under greedy and under
+seeded sampling alike. Nothing is lost against rejection sampling (Leviathan et al., arXiv 2211.17192): a draft that is a
+single token, with all the proposal's probability on it, is kept there with the target's probability p(draft), and here
+too, for that is how often the sample equals it.
+"""
+
+NGRAM_SIZES = (4, 3, 2)  # longest first: the longer the match, the likelier its sequel; a single token matches by chance
+RATE_AT_START = 0.5  # expected share of drafts kept before anything is measured
+RATE_MEMORY = 0.8  # weight of the past at each verification: a change of text shows within about five
+RATE_RECOVERY = 0.02  # drift back towards the start at each step without drafts: some 50 steps until the next attempt
+
+
+class Drafting:
+    """One sequence's drafts by prompt lookup: what followed when its last tokens were last seen (Saxena, 2023).
+
+    Their number follows the measured rate at which they are kept, down to none where they lose.
+    """
+
+    def __init__(self, drafts_max: int, draft_cost: float) -> None:
+        self._drafts_max = drafts_max
+        self._draft_cost = draft_cost  # of one more token in a step, as a share of the step
+        self._rate = RATE_AT_START
+        self._sequels: dict[tuple[int, ...], int] = {}  # n-gram -> the position behind its latest occurrence
+        self._num_indexed = 0
+
+    def propose(self, tokens: list[int], num_max: int) -> list[int]:
+        """At most `num_max` tokens that may follow `tokens`; none where no n-gram repeats or none would pay."""
+        if not self._drafts_max:
+            return []
+        num_drafts = min(num_max, self._num_worth())
+        if num_drafts <= 0:
+            self._rate += RATE_RECOVERY * (RATE_AT_START - self._rate)
+            return []
+        self._index(tokens)
+        for size in NGRAM_SIZES:
+            sequel = self._sequels.get(tuple(tokens[-size:]))
+            if sequel is not None:
+                # A sequel that runs into the end goes on as the loop that it then is.
+                period = len(tokens) - sequel
+                return [tokens[sequel + place % period] for place in range(num_drafts)]
+        return []
+
+    def learn(self, num_drafted: int, num_accepted: int) -> None:
+        """Account for one verification."""
+        # The drafts behind the first wrong one were never judged.
+        num_judged = min(num_drafted, num_accepted + 1)
+        if num_judged:
+            self._rate += (1 - RATE_MEMORY) * (num_accepted / num_judged - self._rate)
+
+    def _num_worth(self) -> int:
+        """How many drafts bring the most tokens for the work; 0 where plain decoding does."""
+        best, best_gain = 0, 1.0
+        expected, chance = 1.0, 1.0
+        for num_drafts in range(1, self._drafts_max + 1):
+            chance *= self._rate
+            expected += chance  # the step's own token, and each draft that is kept with all before it
+            gain = expected / (1 + self._draft_cost * num_drafts)
+            if gain > best_gain:
+                best, best_gain = num_drafts, gain
+        return best
+
+    def _index(self, tokens: list[int]) -> None:
+        """Note the sequel of every n-gram that has one, the newest token being nobody's n-gram yet."""
+        for position in range(max(self._num_indexed, min(NGRAM_SIZES)), len(tokens)):
+            for size in NGRAM_SIZES:
+                if size <= position:
+                    self._sequels[tuple(tokens[position - size : position])] = position
+        self._num_indexed = len(tokens)
+
+
+def verify(drafts: list[int], sampled: list[int]) -> list[int]:
+    """The sampled tokens up to and with the first that is not as drafted; `sampled` is one longer, or both are empty."""
+    num_kept = 0
+    while num_kept < len(drafts) and drafts[num_kept] == sampled[num_kept]:
+        num_kept += 1
+    return sampled[: num_kept + 1]

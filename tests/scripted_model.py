@@ -1,0 +1,149 @@
+"""A model whose every token is dictated by a few lines, and which finds out when the engine lies to it.
+
+Stands where a decoder stands. Its cache holds, for each slot, the token and the position that were written there. Logits
+are worked out from what it *reads back* through the block tables, so a wrong slot, a stale draft, a block given away too
+early or a false prefix hit changes the tokens. `Script.tokens_of` says what they must be, with no engine in between.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.blocks import BlockCache
+from engine.config import EngineConfig
+from engine.core import Core
+from engine.metering import Meter
+from engine.runner import Runner
+from engine.sampler import uniform
+from engine.scheduler import Scheduler
+from engine.types import Capacity, Request
+from kernels.reference import OPS
+
+NOWHERE = -1  # a position that no token has: the slot was never written
+
+
+@dataclass(frozen=True)
+class Script:
+    """The next token is a hash of the last `memory` tokens (of all: None), or one of three where a draw decides.
+
+    A short memory over a small vocabulary soon repeats itself: then drafts are accepted.
+    """
+
+    vocab_size: int = 50
+    memory: int | None = None
+    poison: int | None = None  # behind this token every logit is NaN
+
+    def logits_after(self, context: list[int]) -> np.ndarray:  # (V,) fp32
+        if context[-1] == self.poison:
+            return np.full(self.vocab_size, np.nan, dtype=np.float32)
+        recent = context if self.memory is None else context[-self.memory :]
+        seed = crc32(np.array(recent, dtype=np.int64).tobytes())
+        logits = np.full(self.vocab_size, -30.0, dtype=np.float32)
+        for rank in range(3):
+            # Halves of e: under temperature 1 all three are drawn often.
+            logits[(seed >> 9 * rank) % self.vocab_size] = 3.0 - rank / 2
+        return logits
+
+    def tokens_of(self, request: Request, choice: int = 0, context_max: int = 1 << 30) -> list[int]:
+        """The output of one choice: the definition that the engine is held to."""
+        sampling, context = request.sampling, list(request.prompt)
+        length_max = min(len(context) + sampling.tokens_max, context_max)
+        while len(context) < length_max:
+            logits = self.logits_after(context).astype(np.float64)
+            if np.isnan(logits).any():
+                break
+            if len(context) - len(request.prompt) < sampling.tokens_min:
+                logits[list(sampling.stop_token_ids)] = -np.inf
+            context.append(_choose(logits, sampling.temperature, uniform(sampling.seed, choice, len(context))))
+            if context[-1] in sampling.stop_token_ids:
+                break
+        return context[len(request.prompt) :]
+
+
+def _choose(logits: np.ndarray, temperature: float, draw: float) -> int:
+    order = np.argsort(-logits, kind="stable")
+    if not temperature:
+        return int(order[0])
+    chances = np.exp((logits[order] - logits[order[0]]) / temperature)
+    return int(order[np.searchsorted(chances.cumsum(), draw * chances.sum(), side="right")])
+
+
+class ScriptedModel:
+    """A script with a cache: what the runner calls to compute a batch."""
+
+    def __init__(self, script: Script, num_blocks: int, block_size: int) -> None:
+        self.script = script
+        self.block_size = block_size
+        self.tokens = np.zeros(num_blocks * block_size, dtype=np.int64)
+        self.positions = np.full(num_blocks * block_size, NOWHERE, dtype=np.int64)
+
+    def forward(self, batch: Batch) -> Tensor:
+        slots = batch.attention.slots.numpy()
+        assert len(set(slots.tolist())) == len(slots), "two tokens were sent to one slot"
+        self.tokens[slots] = batch.token_ids.numpy()
+        self.positions[slots] = batch.positions.numpy()
+        wanted = set(batch.rows.tolist())
+        logits = [
+            self.script.logits_after(self._read(table, context_len - (stop - 1 - row)))
+            for table, (start, stop), context_len in zip(
+                batch.attention.block_tables.numpy(),
+                pairwise(batch.attention.query_starts),
+                batch.attention.context_lens,
+                strict=True,
+            )
+            for row in range(start, stop)
+            if row in wanted
+        ]
+        return torch.from_numpy(np.array(logits, dtype=np.float32).reshape(-1, self.script.vocab_size))
+
+    def _read(self, table: np.ndarray, length: int) -> list[int]:
+        places = np.arange(length)
+        slots = table[places // self.block_size] * self.block_size + places % self.block_size
+        assert (self.positions[slots] == places).all(), "the cache holds other positions than the engine believes"
+        return list(self.tokens[slots].tolist())
+
+
+@dataclass
+class ScriptedEngine:
+    """A whole engine around a script, with its parts in reach."""
+
+    core: Core
+    scheduler: Scheduler
+    blocks: BlockCache
+    model: ScriptedModel
+
+
+class Ticks:
+    """A clock that has moved a little, never evenly, whenever it is read."""
+
+    def __init__(self) -> None:
+        self.now_ns = 1_000
+        self.num_reads = 0
+
+    def __call__(self) -> int:
+        self.num_reads += 1
+        self.now_ns += 1 + 7919 * self.num_reads % 1009
+        return self.now_ns
+
+
+def scripted_engine(
+    script: Script | None = None, *, context_max: int = 1 << 12, clock: Ticks | None = None, **settings
+) -> ScriptedEngine:
+    """An engine of the named EngineConfig settings; a cache of 1024 tokens unless they say otherwise."""
+    script = script or Script()
+    config = EngineConfig(**{"cache_tokens": 1024, **settings})
+    num_blocks = config.cache_tokens // config.block_size
+    context_max = min(context_max, config.cache_tokens)
+    blocks = BlockCache(num_blocks, config.block_size)
+    scheduler = Scheduler(config, blocks, context_max)
+    model = ScriptedModel(script, num_blocks, config.block_size)
+    runner = Runner(model.forward, OPS, config.block_size, torch.device("cpu"))
+    capacity = Capacity(
+        cache_tokens=config.cache_tokens, context_max=context_max, vocab_size=script.vocab_size, eos_token_ids=()
+    )
+    return ScriptedEngine(Core(scheduler, runner, Meter(clock or Ticks()), capacity), scheduler, blocks, model)
