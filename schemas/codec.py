@@ -1,7 +1,7 @@
 """Bytes to messages and back: the one place that knows encodings and headers.
 
-Owns the decoders (made once), the limits checked before decoding, the CloudEvents headers of everything that we send, and
-what an error may say: it names the field and never quotes the payload, because errors are published and logged.
+Owns the decoders (made once), the limits checked before decoding, the CloudEvents headers of all that we send, and what
+an error may say: it names the field and never quotes the payload, because errors are published and logged.
 
 Accepts, on input: JSON, MessagePack by content type, a CloudEvent in binary or structured mode, and the five bytes that
 Confluent's serialisers put before the value. Sends JSON in CloudEvents' binary mode. What a request asks of a model is
@@ -22,7 +22,7 @@ from schemas.results import Chunk, Completion, Input
 
 Headers = Sequence[tuple[str, bytes | None]]  # Kafka allows a key twice and a value of null
 AnyResult = Completion | CostEvent | MeterReading | Chunk
-Result = TypeVar("Result", Completion, CostEvent, MeterReading, Chunk)
+Result = TypeVar("Result", bound=AnyResult)
 
 JSON_TYPE = "application/json"
 EVENT_TYPE = "application/cloudevents+json"
@@ -87,7 +87,8 @@ def decode_request(value: bytes | None, headers: Headers = (), limits: WireLimit
 
 def decode_result(kind: type[Result], value: bytes) -> Result:
     """A message of this kind, as we sent it. Fields that a newer writer added are passed over."""
-    return _RESULTS[kind].decode(value)
+    message: Result = _RESULTS[kind].decode(value)
+    return message
 
 
 def encode(message: AnyResult | AnyGenerate) -> bytes:
@@ -194,7 +195,7 @@ class _Form:
 _JSON = _Form(msgspec.json, b"{", b"[")
 _MSGPACK = _Form(msgspec.msgpack, (*range(0x80, 0x90), 0xDE, 0xDF), (*range(0x90, 0xA0), 0xDC, 0xDD))
 _EVENTS = msgspec.json.Decoder(_Event)
-_RESULTS: dict[type[AnyResult], msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in KINDS}
+_RESULTS: dict[type, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in KINDS}
 _ENCODER = msgspec.json.Encoder()
 
 

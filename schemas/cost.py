@@ -76,7 +76,8 @@ def dollars(picodollars: int) -> str:
 def picodollars(amount: str) -> int:
     """The inverse of `dollars`; raises ValueError for anything finer than a picodollar or not a plain decimal."""
     whole, _, rest = amount.removeprefix("-").partition(".")
-    if not (whole.isascii() and whole.isdigit() and len(rest) <= 12 and (not rest or rest.isascii() and rest.isdigit())):
+    digits = whole + rest
+    if not (whole and digits.isascii() and digits.isdigit() and len(rest) <= 12):
         raise ValueError(f"not an amount of dollars: {amount[:40]!r}")
     value = int(whole) * PICODOLLARS + int(rest.ljust(12, "0"))
     return -value if amount.startswith("-") else value

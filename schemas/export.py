@@ -36,14 +36,21 @@ _RECEIVED = ("requests", "batch")
 def json_schemas() -> dict[str, dict[str, Any]]:
     """A JSON Schema of each message, by the CloudEvents type that it travels under."""
     return {
-        kind: {"$schema": DIALECT, "$id": f"urn:{kind.replace('.', ':')}", "title": kind, **msgspec.json.schema(message)}
+        kind: {
+            "$schema": DIALECT,
+            "$id": f"urn:{kind.replace('.', ':')}",
+            "title": kind,
+            **msgspec.json.schema(message),
+        }
         for kind, message in _TYPES.items()
     }
 
 
 def asyncapi(topics: Mapping[str, str]) -> dict[str, Any]:
-    """An AsyncAPI document of a worker that uses these topics: by `requests`, `batch`, `completions`, `costs`, `chunks`
-    and `dead_letters`, the name of each."""
+    """An AsyncAPI document of a worker that uses these topics.
+
+    `topics` names each by the setting's name: requests, batch, completions, costs, chunks, dead_letters.
+    """
     _, components = msgspec.json.schema_components(_TYPES.values(), ref_template=_REFERENCE)
     return {
         "asyncapi": ASYNCAPI_VERSION,
@@ -89,7 +96,7 @@ def _message(kind: str) -> dict[str, Any]:
     return message
 
 
-def _payload(kind: str) -> dict[str, Any]:
+def _payload(kind: str) -> Any:
     (schema,), _ = msgspec.json.schema_components([_TYPES[kind]], ref_template=_REFERENCE)
     return _plain(schema)
 

@@ -21,8 +21,8 @@ TOP_LOGPROBS_MAX = 20  # OpenAI's limit
 TOKENS_MAX = 1_048_576  # longest context of any model in use
 METADATA_MAX = 64
 
-# Names travel in headers, logs and terminals: no control characters (CloudEvents forbids them too). `$` alone would let a
-# line break at the end pass, in Python's dialect; the look-ahead closes that gap and means the same in JavaScript's.
+# Names travel in headers, logs and terminals: no control characters (CloudEvents forbids them too). In Python's dialect
+# `$` alone would let a line break at the end pass; the look-ahead closes that gap and does no harm in JavaScript's.
 NO_CONTROLS = r"^[^\u0000-\u001f\u007f-\u009f]+$(?!\n)"
 
 Name = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX, pattern=NO_CONTROLS)]
