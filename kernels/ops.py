@@ -4,11 +4,11 @@ Owns the signatures. `kernels/reference.py` holds the definition of every entry 
 table with some entries replaced (`dataclasses.replace`), so it is right before it has a single kernel. Nothing here is
 global: two engines with two tables live in one process.
 
-Letters: T tokens of the batch, S sequences, H query heads, G key-value heads, D head size, C hidden size, I intermediate
-size, E experts, K chosen experts, N blocks, B block size, V vocabulary.
+Letters: T tokens of the batch, S sequences, H query heads, G key-value heads, D head size, C hidden size,
+I intermediate size, E experts, K chosen experts, N blocks, B block size, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ class AttentionBatch:
     query_starts: Sequence[int]  # S + 1
     context_lens: Sequence[int]  # S, including this step's tokens
     slots: Tensor  # (T,) int64: block * B + place in the block, where each token's key and value go
-    plans: dict[str, Any] = field(default_factory=dict)  # what a backend worked out at the first layer, for the others
+    plans: dict[Hashable, Any] = field(default_factory=dict)  # what a backend worked out at one layer, for the others
 
 
 class Linear(Protocol):
@@ -106,8 +106,9 @@ class Ops:
 class SamplingRow:
     """How one row of logits becomes a token: temperature, then top-k, then top-p, then min-p, then the draw.
 
-    `uniform` in [0, 1) is the row's whole randomness: the token is the first, in order of falling probability (equal ones
-    by rising id), whose cumulative probability exceeds it. Temperature 0: the largest logit, the lowest id on ties.
+    `uniform` in [0, 1) is the row's whole randomness: the token is the first, in order of falling probability (equal
+    ones by rising id), whose cumulative probability exceeds it. Temperature 0: the largest logit, the lowest id on
+    ties.
     """
 
     temperature: float

@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from kernels import weights
 from kernels.ops import AttentionBatch, Linear, Ops, SamplingRow, WeightKernel
@@ -74,7 +74,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    return (functional.silu(gate) * up).to(gate_up.dtype)
 
 
 def route(logits: Tensor, num_chosen: int, score: str, renormalise: bool) -> tuple[Tensor, Tensor]:
@@ -138,29 +138,29 @@ def _sample_row(logits: Tensor, row: SamplingRow) -> int:
     mass_before = mass.cumsum(0) - mass
     mass = mass[(mass_before < row.top_p * mass.sum()) | (mass_before == 0)]  # the likeliest one always stays
     mass = mass[mass >= row.min_p]
-    return int(ids[first_beyond(mass.cumsum(0), row.uniform)])
+    cumulative = mass.cumsum(0)
+    return int(ids[first_beyond(cumulative, row.uniform * cumulative[-1])])
 
 
-def first_beyond(cumulative: Tensor, uniform: float) -> int:
-    """The first place whose cumulative mass exceeds the share `uniform` of it all.
+def first_beyond(cumulative: Tensor, target: Tensor | float) -> int:
+    """The first place whose cumulative mass exceeds `target`, which is at most all of it.
 
-    Never a place of no mass and never past the end, even where uniform * total rounds up to the total.
+    Never a place of no mass and never past the end, even where rounding made `target` all of the mass.
     """
-    total = cumulative[-1:]
-    beyond = torch.searchsorted(cumulative, total * uniform, right=True)
-    return int(torch.minimum(beyond, torch.searchsorted(cumulative, total)))
+    beyond = (cumulative <= target).sum()
+    return int(torch.minimum(beyond, (cumulative < cumulative[-1]).sum()))
 
 
 def logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """By a log-softmax over the whole vocabulary and a sort."""
+    """By a log-softmax over the whole vocabulary and a sort of it."""
     scores = logits.float().log_softmax(-1)  # (R, V)
-    top = scores.sort(dim=-1, descending=True, stable=True)
-    return scores.gather(-1, chosen[:, None])[:, 0], top.indices[:, :num_top], top.values[:, :num_top]
+    top = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
+    return scores.gather(-1, chosen[:, None])[:, 0], top, scores.gather(-1, top)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Multiplies by weight^T in fp32, rounded once to x's dtype."""
-    return F.linear(x.float(), weight).to(x.dtype)
+    return functional.linear(x.float(), weight).to(x.dtype)
 
 
 def _unpacked(dequantize: Callable[[weights.Parts], Tensor]) -> WeightKernel:

@@ -37,8 +37,7 @@ def dequantize_int4(parts: Parts) -> Tensor:
     """(out, in) fp32."""
     levels = unpack_int4(parts["q"]).float() - INT4_MIDDLE  # (out, in)
     groups = levels.view(len(levels), -1, INT4_GROUP)  # (out, groups, 32)
-    weight = groups * parts["scale"].float()[..., None] + parts["zero"].float()[..., None]
-    return weight.flatten(1)
+    return groups.mul_(parts["scale"].float()[..., None]).add_(parts["zero"].float()[..., None]).flatten(1)
 
 
 def pack_int4(levels: Tensor) -> Tensor:

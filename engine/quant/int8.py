@@ -12,9 +12,13 @@ LEVEL_MAX = 127  # -128 stays unused, so that the levels are symmetric and a wei
 
 
 def quantize(weight: Tensor) -> Mapping[str, Tensor]:
-    """Rounds each row to multiples of its largest magnitude / 127: no weight is off by more than half a step."""
+    """Rounds each row to multiples of its largest magnitude / 127.
+
+    The scale is one that bf16 holds exactly, since backends multiply by it in bf16; the levels make up for its
+    rounding.
+    """
     weight = weight.float()
-    scale = weight.abs().amax(1) / LEVEL_MAX  # (out,)
+    scale = (weight.abs().amax(1) / LEVEL_MAX).bfloat16().float()  # (out,)
     step = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays zeros
     q = (weight / step[:, None]).round().clamp(-LEVEL_MAX, LEVEL_MAX).to(torch.int8)
     return {"q": q, "scale": scale}

@@ -1,0 +1,23 @@
+"""The CPU table: torch's own fastest primitives where they beat the definition, the definition elsewhere.
+
+Owns the choice of primitive. Never quantizes activations with a scale shared by rows: what a sequence gets must not
+depend on which others are in the batch.
+"""
+
+import dataclasses
+
+from kernels import reference
+from kernels.cpu import attention, elementwise, experts, linear, sample
+
+OPS = dataclasses.replace(
+    reference.OPS,
+    name="cpu",
+    rms_norm=elementwise.rms_norm,
+    add_rms_norm=elementwise.add_rms_norm,
+    swiglu=elementwise.swiglu,
+    attention=attention.attention,
+    experts=experts.experts,
+    sample=sample.sample,
+    logprobs=sample.logprobs,
+    weights=linear.WEIGHTS,
+)

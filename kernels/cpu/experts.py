@@ -1,0 +1,55 @@
+"""The experts of a layer on the CPU: one prepared GEMM for each expert that has tokens, over all its tokens at once.
+
+(Sorting and one GEMM each beat torch's grouped GEMM by 1.15 to 1.6 times, and gathering weights by 2 and more.)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Linear
+
+
+def experts(
+    x: Tensor,
+    chosen_weights: Tensor,
+    chosen: Tensor,
+    gate_up: Sequence[Any],
+    down: Sequence[Any],
+    linear: Linear,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """As the definition: a token's outputs are summed in fp32 and in the experts' order, whoever else is there."""
+    if len(x) == 1:
+        return _experts_of_one(x, chosen_weights, chosen, gate_up, down, linear, activation)
+    expert, order = chosen.flatten().sort(stable=True)  # (T * K,) both: pairs of a token and an expert, by expert
+    tokens = order // chosen.shape[1]
+    num_tokens = torch.bincount(expert, minlength=len(gate_up)).tolist()
+    outputs = [
+        linear(activation(linear(rows, expert_gate_up)), expert_down)
+        for rows, expert_gate_up, expert_down in zip(torch.split(x[tokens], num_tokens), gate_up, down, strict=True)
+        if len(rows)
+    ]
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    if outputs:
+        total.index_add_(0, tokens, torch.cat(outputs).float().mul_(chosen_weights.flatten()[order, None]))
+    return total.to(x.dtype)
+
+
+def _experts_of_one(
+    x: Tensor,
+    chosen_weights: Tensor,
+    chosen: Tensor,
+    gate_up: Sequence[Any],
+    down: Sequence[Any],
+    linear: Linear,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The one token of a lone decode goes to every chosen expert: nothing to sort, gather or scatter."""
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for expert, weight in sorted(zip(chosen[0].tolist(), chosen_weights[0].tolist(), strict=True)):
+        output = linear(activation(linear(x, gate_up[expert])), down[expert])
+        total.add_(output.float(), alpha=weight)
+    return total.to(x.dtype)

@@ -1,0 +1,416 @@
+"""Every backend does what the definition does, and the definition does what the papers say."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.quant import FORMATS
+from kernels import reference
+from kernels.backends import BACKENDS, pick
+from kernels.ops import AttentionBatch, Ops, SamplingRow
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+# Of the norm of the result. fp32: sums of up to 4,096 terms in another order, each 6e-8. bf16: operands and result are
+# rounded, 2^-9 each, and a gated product once more in between.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return pick("cpu", request.param)
+
+
+@pytest.fixture(params=list(BACKENDS))
+def any_ops(request: pytest.FixtureRequest) -> Ops:
+    return pick("cpu", request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    difference = (actual.float() - expected.float()).norm()
+    assert difference <= tolerance * expected.float().norm(), f"off by {difference / expected.float().norm():.2e}"
+
+
+# ------------------------------------------------------------------------------------------------------------- backends
+
+
+def test_the_cpu_runs_its_own_table_unless_another_is_named() -> None:
+    assert pick("cpu").name == "cpu"
+    assert pick("cpu", "reference") is reference.OPS
+
+
+def test_an_unknown_backend_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ValueError, match="reference, cpu"):
+        pick("cpu", "abacus")
+
+
+def test_every_backend_multiplies_by_every_format(any_ops: Ops) -> None:
+    assert set(any_ops.weights) == set(FORMATS)
+
+
+# ---------------------------------------------------------------------------------------------------- norms, activation
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_norms_agree_with_the_definition(ops: Ops, dtype: torch.dtype, num_tokens: int) -> None:
+    x, residual = torch.randn(2, num_tokens, 48).to(dtype)
+    weight = torch.randn(48).to(dtype)
+    assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), TOLERANCE[dtype])
+    for actual, expected in zip(
+        ops.add_rms_norm(x, residual, weight, 1e-5), reference.add_rms_norm(x, residual, weight, 1e-5), strict=True
+    ):
+        assert_close(actual, expected, TOLERANCE[dtype])
+
+
+def test_a_row_of_zeros_has_a_norm_of_zeros(any_ops: Ops) -> None:
+    assert torch.equal(any_ops.rms_norm(torch.zeros(1, 8), torch.ones(8), 1e-6), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_swiglu_agrees_with_the_definition(ops: Ops, dtype: torch.dtype, num_tokens: int) -> None:
+    gate_up = torch.randn(num_tokens, 2 * 24).to(dtype)
+    before = gate_up.clone()
+    assert_close(ops.swiglu(gate_up), reference.swiglu(gate_up), TOLERANCE[dtype])
+    assert torch.equal(gate_up, before), "the input is not written to"
+
+
+def test_rotary_multiplies_complex_numbers(any_ops: Ops) -> None:
+    x, angle = torch.randn(5, 3, 16), torch.randn(5, 8)
+    rotated = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones(5, 8), angle)[:, None]
+    expected = torch.cat([rotated.real, rotated.imag], dim=-1)
+    assert_close(any_ops.rotary(x, angle.cos(), angle.sin()), expected, TOLERANCE[torch.float32])
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+# Sequences as (query tokens, context length with them); blocks hold 4 tokens, so most contexts end inside a block.
+BATCHES = {
+    "one decode": [(1, 9)],
+    "the first token": [(1, 1)],
+    "one whole prompt": [(13, 13)],
+    "the rest of a prompt": [(5, 22)],
+    "decodes of ragged contexts": [(1, 1), (1, 4), (1, 5), (1, 31), (1, 16)],
+    "decodes of very ragged contexts": [(1, 3), (1, 700), (1, 300), (1, 260), (1, 2)],
+    "drafts": [(4, 11), (4, 40), (1, 8), (3, 3)],
+    "prefill, decode and drafts": [(18, 25), (1, 9), (3, 17), (1, 30), (9, 9), (18, 18)],
+    "a sequence without tokens": [(2, 6), (0, 5), (1, 7)],
+}
+HEADS = [(9, 3), (4, 4), (4, 1)]  # (query heads, key-value heads)
+
+
+class Cache:
+    """Keys and values of some sequences in blocks of 4, in random places; every slot not written is NaN."""
+
+    block_size = 4
+
+    def __init__(
+        self, sequences: Sequence[tuple[int, int]], num_groups: int, head_size: int, dtype: torch.dtype
+    ) -> None:
+        num_blocks = [math.ceil(length / self.block_size) for _, length in sequences]
+        places = (torch.randperm(sum(num_blocks)) + 1).split(num_blocks)  # block 0 pads the tables and is never used
+        shape = (sum(num_blocks) + 1, self.block_size, num_groups, head_size)
+        self.key_cache, self.value_cache = (torch.full(shape, math.nan, dtype=dtype) for _ in range(2))
+        self.keys = [torch.randn(length, num_groups, head_size).to(dtype) for _, length in sequences]
+        self.values = [torch.randn(length, num_groups, head_size).to(dtype) for _, length in sequences]
+        slots = [
+            torch.tensor(
+                [int(table[p // self.block_size]) * self.block_size + p % self.block_size for p in range(length)]
+            )
+            for table, (_, length) in zip(places, sequences, strict=True)
+        ]
+        reference.write_kv(
+            torch.cat(self.keys), torch.cat(self.values), self.key_cache, self.value_cache, torch.cat(slots)
+        )
+        self.batch = AttentionBatch(
+            block_tables=torch.nn.utils.rnn.pad_sequence(list(places), batch_first=True),
+            query_starts=[0, *itertools.accumulate(queries for queries, _ in sequences)],
+            context_lens=[length for _, length in sequences],
+            slots=torch.cat([s[length - queries :] for s, (queries, length) in zip(slots, sequences, strict=True)]),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES.keys())
+def test_attention_agrees_with_the_definition_and_reads_no_unused_slot(
+    ops: Ops, sequences: list[tuple[int, int]], heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    num_heads, num_groups = heads
+    cache = Cache(sequences, num_groups, 16, dtype)
+    query = torch.randn(cache.batch.query_starts[-1], num_heads, 16).to(dtype)
+    expected = reference.attention(query, cache.key_cache, cache.value_cache, cache.batch, 0.3)
+    assert expected.isfinite().all()
+    for _ in ("first layer", "a later layer, by the plan of the first"):
+        actual = ops.attention(query, cache.key_cache, cache.value_cache, cache.batch, 0.3)
+        assert_close(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES.keys())
+def test_the_definition_of_attention_is_causal_softmax_attention(sequences: list[tuple[int, int]]) -> None:
+    cache = Cache(sequences, 3, 16, torch.float32)
+    whole = [torch.randn(length, 9, 16) for _, length in sequences]
+    query = torch.cat([q[length - queries :] for q, (queries, length) in zip(whole, sequences, strict=True)])
+    expected = [
+        functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in (q, key, value)), is_causal=True, scale=0.3, enable_gqa=True
+        ).transpose(0, 1)[len(q) - queries :]
+        for q, key, value, (queries, _) in zip(whole, cache.keys, cache.values, sequences, strict=True)
+    ]
+    actual = reference.attention(query, cache.key_cache, cache.value_cache, cache.batch, 0.3)
+    assert_close(actual, torch.cat(expected), TOLERANCE[torch.float32])
+
+
+def test_attention_over_no_sequences_is_empty(any_ops: Ops) -> None:
+    batch = AttentionBatch(torch.empty(0, 0, dtype=torch.int64), [0], [], torch.empty(0, dtype=torch.int64))
+    cache = torch.zeros(2, 4, 3, 16)
+    assert any_ops.attention(torch.empty(0, 9, 16), cache, cache, batch, 0.3).shape == (0, 9, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_write_kv_fills_the_named_slots_and_no_other(any_ops: Ops, dtype: torch.dtype) -> None:
+    key, value = torch.randn(2, 3, 2, 8)
+    key_cache, value_cache = torch.zeros(2, 5, 4, 2, 8, dtype=dtype)
+    any_ops.write_kv(key, value, key_cache, value_cache, torch.tensor([17, 2, 3]))
+    assert torch.equal(key_cache[[4, 0, 0], [1, 2, 3]], key.to(dtype))
+    assert torch.equal(value_cache[[4, 0, 0], [1, 2, 3]], value.to(dtype))
+    assert key_cache.count_nonzero() == key.numel()
+
+
+# --------------------------------------------------------------------------------------------------------------- linear
+
+# (in, out): whole vectors; an `in` that no vector width divides; an `out` that torch's int4 kernel refuses; more than
+# one piece of a widened weight.
+SHAPES = [(32, 16), (40, 24), (96, 33), (576, 600)]
+NUM_ROWS = [0, 1, 4, 5, 33, 129]  # either side of each limit between two paths
+
+
+@pytest.mark.filterwarnings("ignore:this processor has no bf16")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear_agrees_with_the_definition(ops: Ops, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if name == "int4" and shape[0] % 32:
+        pytest.skip("int4 takes whole groups of 32 alone")
+    parts = FORMATS[name].quantize(torch.randn(shape[1], shape[0]) * 0.02)
+    kernel, definition = ops.weights[name], reference.OPS.weights[name]
+    weight, expected_weight = kernel.prepare(parts), definition.prepare(parts)
+    tolerance = TOLERANCE[torch.float32 if name == "fp32" and dtype == torch.float32 else torch.bfloat16]
+    for num_rows in NUM_ROWS:
+        x = torch.randn(num_rows, shape[0]).to(dtype)
+        assert_close(kernel.linear(x, weight), definition.linear(x, expected_weight), tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:this processor has no bf16")
+@pytest.mark.parametrize("num_rows", [2, 5, 40, 200])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_is_multiplied_alike_whatever_its_neighbours_hold(any_ops: Ops, name: str, num_rows: int) -> None:
+    kernel = any_ops.weights[name]
+    weight = kernel.prepare(FORMATS[name].quantize(torch.randn(64, 96)))
+    x = torch.randn(num_rows, 96).bfloat16()
+    beside_an_outlier = x.clone()
+    beside_an_outlier[-1] = 1e4
+    assert torch.equal(kernel.linear(x, weight)[:-1], kernel.linear(beside_an_outlier, weight)[:-1])
+
+
+# -------------------------------------------------------------------------------------------------------------- experts
+
+
+@pytest.mark.filterwarnings("ignore:this processor has no bf16")
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 19])
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("num_experts", "num_chosen"), [(8, 7), (5, 1), (16, 2)])
+def test_experts_agree_with_the_definition(
+    ops: Ops, name: str, num_experts: int, num_chosen: int, num_tokens: int
+) -> None:
+    dtype = torch.float32 if name == "fp32" else torch.bfloat16
+    gate_up = [FORMATS[name].quantize(torch.randn(2 * 32, 64) * 0.1) for _ in range(num_experts)]
+    down = [FORMATS[name].quantize(torch.randn(64, 32) * 0.1) for _ in range(num_experts)]
+    x = torch.randn(num_tokens, 64).to(dtype)
+    routed = reference.route(torch.randn(num_tokens, num_experts), num_chosen, "softmax", True)
+    actual, expected = (
+        table.experts(
+            x,
+            *routed,
+            [table.weights[name].prepare(parts) for parts in gate_up],
+            [table.weights[name].prepare(parts) for parts in down],
+            table.weights[name].linear,
+            table.swiglu,
+        )
+        for table in (ops, reference.OPS)
+    )
+    assert_close(actual, expected, 2 * TOLERANCE[dtype])  # two products and a gate in a row
+
+
+def test_experts_sum_the_chosen_ones_by_weight(any_ops: Ops) -> None:
+    linear = reference.OPS.weights["fp32"].linear
+    doubling = [torch.eye(4) * e for e in range(3)]  # expert e multiplies by e, then by e
+    x = torch.randn(2, 4)
+    weights, chosen = torch.tensor([[0.5, 0.25], [1.0, 2.0]]), torch.tensor([[2, 1], [0, 2]])
+    actual = any_ops.experts(x, weights, chosen, doubling, doubling, linear, torch.clone)
+    assert_close(actual, x * torch.tensor([[0.5 * 4 + 0.25], [2.0 * 4]]), TOLERANCE[torch.float32])
+
+
+def test_route_picks_the_largest_scores_and_the_lower_expert_on_ties(any_ops: Ops) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0]])
+    weights, chosen = any_ops.route(logits, 3, "softmax", False)
+    assert chosen.tolist() == [[1, 3, 2]]
+    assert_close(weights, logits.softmax(-1)[:, [1, 3, 2]], 1e-6)
+    assert_close(any_ops.route(logits, 2, "sigmoid", False)[0], torch.tensor([[2.0, 2.0]]).sigmoid(), 1e-6)
+    assert any_ops.route(logits, 2, "unit", False)[0].tolist() == [[1, 1]]
+    assert any_ops.route(logits, 2, "softmax", True)[0].tolist() == [[0.5, 0.5]]
+    with pytest.raises(ValueError, match="roulette"):
+        any_ops.route(logits, 2, "roulette", False)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+PLAIN = SamplingRow(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.5)
+GREEDY = replace(PLAIN, temperature=0.0)
+
+
+def distribution(logits: Tensor, settings: SamplingRow) -> list[tuple[int, float]]:
+    """The tokens that may be drawn with their probabilities, likeliest first: the definition once more, in plain Python."""
+    ids = sorted(set(range(len(logits))) - set(settings.banned), key=lambda i: (-logits[i].item(), i))
+    ids = ids[: settings.top_k or None]
+    mass = [math.exp((logits[i].item() - logits[ids[0]].item()) / settings.temperature) for i in ids]
+    before = [0.0, *itertools.accumulate(mass)]
+    num_kept = sum(b < settings.top_p * before[-1] for b in before[:-1])
+    kept = [(i, m) for i, m in zip(ids[:num_kept], mass, strict=False) if m >= settings.min_p]
+    total = math.fsum(m for _, m in kept)
+    return [(i, m / total) for i, m in kept]
+
+
+SETTINGS = {
+    "temperature alone": replace(PLAIN, temperature=0.7),
+    "hot": replace(PLAIN, temperature=3.0),
+    "top-k": replace(PLAIN, top_k=5),
+    "top-k beyond the vocabulary": replace(PLAIN, top_k=10_000),
+    "top-p": replace(PLAIN, top_p=0.8),
+    "min-p": replace(PLAIN, min_p=0.1),
+    "all of them": replace(PLAIN, temperature=1.5, top_k=20, top_p=0.9, min_p=0.05),
+    "banned": replace(PLAIN, banned=(0, 7)),
+}
+
+
+@pytest.mark.parametrize("vocab_size", [40, 5000])
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_each_token_is_drawn_by_the_uniforms_of_its_own_interval(
+    any_ops: Ops, settings: SamplingRow, spread: float, vocab_size: int
+) -> None:
+    logits = torch.randn(vocab_size) * spread
+    tokens, probabilities = zip(*distribution(logits, settings), strict=True)
+    middles = [end - p / 2 for end, p in zip(itertools.accumulate(probabilities), probabilities, strict=True)]
+    # fp32 softmaxes are off by up to 1e-6; a middle is far enough from both ends of its interval above 1e-5
+    wide = [i for i, p in enumerate(probabilities) if p > 1e-5][:: max(1, len(tokens) // 50)]
+    rows = [replace(settings, uniform=middles[i]) for i in wide]
+    assert any_ops.sample(logits.expand(len(rows), -1), rows).tolist() == [tokens[i] for i in wide]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_drawn_tokens_follow_their_distribution(any_ops: Ops, settings: SamplingRow) -> None:
+    num_draws = 2000
+    logits = torch.randn(40) * 2
+    rows = [replace(settings, uniform=u) for u in torch.rand(num_draws, dtype=torch.float64).tolist()]
+    counts = torch.bincount(any_ops.sample(logits.expand(num_draws, -1), rows), minlength=40)
+    expected = {token: p * num_draws for token, p in distribution(logits, settings)}
+    frequent = {token: n for token, n in expected.items() if n >= 5}  # the usual least for a chi-square cell
+    assert counts.sum() - sum(int(counts[t]) for t in expected) == 0, "a token was drawn that may not be"
+    chi_square = sum((int(counts[token]) - n) ** 2 / n for token, n in frequent.items())
+    freedom = len(frequent)
+    assert chi_square < freedom + 4 * math.sqrt(
+        2 * freedom
+    )  # 4 sigma: one seed in 10,000 would fail, this one does not
+
+
+def test_greedy_takes_the_largest_logit_and_the_lowest_id_on_ties(any_ops: Ops) -> None:
+    logits = torch.zeros(3, 5000)
+    logits[1, [4321, 17]] = 1.0
+    logits[2, 9] = 1.0
+    assert any_ops.sample(logits, [GREEDY] * 3).tolist() == [0, 17, 9]
+
+
+def test_equal_logits_are_drawn_in_order_of_their_ids(any_ops: Ops) -> None:
+    rows = [replace(PLAIN, uniform=(i + 0.5) / 5000) for i in (0, 1, 300, 4999)]
+    assert any_ops.sample(torch.zeros(4, 5000), rows).tolist() == [0, 1, 300, 4999]
+
+
+def test_top_k_cuts_ties_at_the_higher_ids(any_ops: Ops) -> None:
+    assert any_ops.sample(torch.zeros(1, 5000), [replace(PLAIN, top_k=300, uniform=1 - 1e-12)]).tolist() == [299]
+
+
+def test_the_last_uniform_draws_a_token_that_has_mass(any_ops: Ops) -> None:
+    logits = torch.full((1, 600), -1000.0)
+    logits[0, 33] = 0.0
+    assert any_ops.sample(logits, [replace(PLAIN, uniform=math.nextafter(1, 0))]).tolist() == [33]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_a_largest_finite_logit_is_refused_alone(any_ops: Ops, temperature: float) -> None:
+    logits = torch.randn(4, 6)
+    logits[0, 3] = math.nan
+    logits[1, 3] = math.inf
+    rows = [replace(PLAIN, temperature=temperature)] * 2 + [
+        replace(PLAIN, temperature=temperature, banned=tuple(range(6)))
+    ]
+    tokens = any_ops.sample(logits, [*rows, GREEDY]).tolist()
+    assert tokens == [-1, -1, -1, int(logits[3].argmax())]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_banned_tokens_are_not_chosen_and_the_logits_stay_as_they_were(any_ops: Ops, temperature: float) -> None:
+    logits = torch.tensor([[50.0, 1.0, 0.0], [50.0, 1.0, 0.0]])
+    before = logits.clone()
+    rows = [replace(PLAIN, temperature=temperature, banned=(0, 2)), replace(PLAIN, temperature=temperature)]
+    assert any_ops.sample(logits, rows).tolist() == [1, 0]
+    assert torch.equal(logits, before)
+
+
+def test_a_row_gets_the_same_token_alone_and_in_company(any_ops: Ops) -> None:
+    logits = torch.randn(32, 1000) * 2
+    rows = [replace(s, uniform=u) for s, u in zip(4 * list(SETTINGS.values()), torch.rand(32).tolist(), strict=True)]
+    together = any_ops.sample(logits, rows).tolist()
+    assert together == [any_ops.sample(logits[i : i + 1], rows[i : i + 1]).item() for i in range(32)]
+
+
+def test_no_rows_draw_no_tokens(any_ops: Ops) -> None:
+    assert any_ops.sample(torch.empty(0, 10), []).shape == (0,)
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 20, 300])
+@pytest.mark.parametrize("vocab_size", [300, 5000])
+def test_logprobs_agree_with_the_definition_on_ties_too(ops: Ops, vocab_size: int, num_top: int) -> None:
+    logits = torch.randn(4, vocab_size).bfloat16().float()  # bf16 has many equal values
+    logits[3] = 0.0
+    chosen = torch.tensor([0, 5, vocab_size - 1, 2])
+    actual, expected = (table.logprobs(logits, chosen, num_top) for table in (ops, reference.OPS))
+    assert torch.equal(actual[1], expected[1])
+    assert_close(actual[0], expected[0], 1e-6)
+    assert_close(actual[2], expected[2], 1e-6)
+
+
+def test_logprobs_are_those_of_the_model(any_ops: Ops) -> None:
+    chosen, ids, top = any_ops.logprobs(torch.tensor([[0.1, 0.6, 0.3]]).log(), torch.tensor([2]), 2)
+    assert ids.tolist() == [[1, 2]]
+    assert_close(torch.cat([chosen, top[0]]).exp(), torch.tensor([0.3, 0.6, 0.3]), 1e-6)
+
+
+def test_logprobs_of_no_rows_are_empty(any_ops: Ops) -> None:
+    chosen, ids, top = any_ops.logprobs(torch.empty(0, 10), torch.empty(0, dtype=torch.int64), 3)
+    assert (chosen.shape, ids.shape, top.shape) == ((0,), (0, 3), (0, 3))
