@@ -1,19 +1,21 @@
 """The settings of every command: one tree of frozen dataclasses, and where their values come from.
 
-A setting has one name. `engine.block_size` is the flag `--engine.block-size`, the variable `TOKENMILL_ENGINE_BLOCK_SIZE` and the
-line `block_size` under `[engine]` of a TOML file; the flag wins over the variable, the variable over the file, the file over the
-default below. Names in the file that are no setting are refused, so that a typo is never a silent default.
+A setting has one name. `engine.block_size` is the flag `--engine.block-size`, the variable
+`TOKENMILL_ENGINE_BLOCK_SIZE` and the line `block_size` under `[engine]` of a TOML file; the flag wins over the
+variable, the variable over the file, the file over the default below. Names in the file that are no setting are
+refused: a typo is never a silent default.
 
 Never holds a secret: passwords stay in their files and are read by whoever connects, so the whole tree may be shown.
 """
 
 import difflib
 import ipaddress
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import ArgumentCollection, Parameter, Token
 from cyclopts.validators import Number
@@ -21,34 +23,36 @@ from cyclopts.validators import Number
 from schemas.cost import picodollars
 from worker.errors import Misconfigured
 
+if TYPE_CHECKING:
+    from worker.brokers.kafka_settings import KafkaSettings
+
 ENVIRONMENT_PREFIX = "TOKENMILL_"
-FILE = Path("tokenmill.toml")  # read from the working directory where there is one and no other is named
+DEFAULT_FILE = Path("tokenmill.toml")  # read from the working directory where there is one and no other is named
 FILE_BYTES_MAX = 1 << 20  # a settings file is a few kilobytes: a bigger one is a mistaken path
 SECRET_BYTES_MAX = 64 << 10  # a password or a key: a bigger file is a mistaken path
 
 
-def _about(text: str, low: float | None = None, high: float | None = None) -> Parameter:
-    """The help text of a setting, and its range where it has one."""
-    validator = None if low is None and high is None else Number(gte=low, lte=high)
-    return Parameter(help=text, validator=validator)
+def between(low: float, high: float) -> Parameter:
+    """The range of a setting, checked when its value is read."""
+    return Parameter(validator=Number(gte=low, lte=high))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Security:
     """How to prove to the brokers who we are, and they to us. Every secret is in a file of its own."""
 
-    protocol: Annotated[
-        Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"], _about("Use SASL_SSL wherever a network is crossed.")
-    ] = "PLAINTEXT"
-    mechanism: Annotated[Literal["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"], _about("How the password is proved.")] = (
-        "SCRAM-SHA-512"
-    )
-    username: Annotated[str, _about("Who we are, for SASL.")] = ""
-    password_file: Annotated[Path | None, _about("File with the password, for SASL.")] = None
-    ca_file: Annotated[Path | None, _about("PEM file of the authorities to trust. Default: the system's.")] = None
-    cert_file: Annotated[Path | None, _about("PEM file of our certificate, for mutual TLS.")] = None
-    key_file: Annotated[Path | None, _about("PEM file of the certificate's key.")] = None
-    insecure: Annotated[bool, _about("Allow an unencrypted connection that leaves this machine.")] = False
+    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """Use SASL_SSL wherever a network is crossed."""
+    mechanism: Literal["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"] = "SCRAM-SHA-512"
+    """How the password is proved."""
+    username: str = ""
+    """Who we are, for SASL."""
+    password_file: Path | None = None
+    """File with the password, for SASL."""
+    ca_file: Path | None = None
+    """PEM file of the authorities to trust. Default: the system's."""
+    insecure: bool = False
+    """Allow an unencrypted connection that leaves this machine."""
 
     @property
     def encrypted(self) -> bool:
@@ -60,25 +64,34 @@ class Security:
         """Whether a user name and a password are asked for."""
         return self.protocol.startswith("SASL")
 
-    def password(self) -> str:
-        """The password, read afresh at each call so that a rotated one is taken up by a reconnect."""
-        if self.password_file is None:
-            raise Misconfigured(f"{self.protocol} needs security.password_file: a file that holds the password")
-        return read_secret(self.password_file)
-
     def __post_init__(self) -> None:
         if self.authenticated and not (self.username and self.password_file):
             raise ValueError(f"{self.protocol} needs security.username and security.password_file")
-        if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("security.cert_file and security.key_file go together")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kafka:
     """Where the brokers are."""
 
-    brokers: Annotated[str, _about("Addresses to start from: host:port, comma-separated.")] = "127.0.0.1:9092"
-    security: Security = field(default_factory=Security)
+    brokers: str = "127.0.0.1:9092"
+    """Addresses to start from: host:port, comma-separated."""
+    security: Annotated[Security, Parameter(group="Security")] = field(default_factory=Security)
+
+    def client(self, *, worker: str = "tokenmill-cli", group: str = "tokenmill") -> "KafkaSettings":
+        """What the broker's side needs to know, the password read from its file. Raises Misconfigured."""
+        from worker.brokers.kafka_settings import KafkaSettings  # brings ssl: --help can do without
+
+        security = self.security
+        return KafkaSettings(
+            brokers=",".join(address.strip() for address in self.brokers.split(",")),
+            worker=worker,
+            group=group,
+            security_protocol=security.protocol,
+            sasl_mechanism=security.mechanism,
+            sasl_username=security.username or None,
+            sasl_password=read_secret(security.password_file) if security.password_file else None,
+            ssl_cafile=security.ca_file,
+        )
 
     def __post_init__(self) -> None:
         for address in self.brokers.split(","):
@@ -96,7 +109,8 @@ class Kafka:
 class Topics:
     """The names of the topics, all under one prefix."""
 
-    prefix: Annotated[str, _about("First part of every topic's name.")] = "tokenmill"
+    prefix: str = "tokenmill"
+    """First part of every topic's name."""
 
     def __post_init__(self) -> None:
         # Kafka's own rule for topic names, with room for our longest suffix within its 249 characters.
@@ -139,49 +153,62 @@ class Topics:
         return (self.requests, self.batch)
 
     @property
-    def all(self) -> tuple[str, ...]:
-        """Every topic that must exist."""
-        return (*self.intake, self.completions, self.costs, self.chunks, self.dead_letters)
+    def by_setting(self) -> dict[str, str]:
+        """Every topic that must exist, by what it is for."""
+        names = ("requests", "batch", "completions", "costs", "chunks", "dead_letters")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How the engine uses the machine."""
+    """How the engine uses the machine. Its fields are `engine/config.py`'s, which also says how they must fit."""
 
-    device: Annotated[str, _about("cpu, cuda, cuda:1; auto: cuda where there is one.")] = "auto"
-    weights: Annotated[
-        Literal["auto", "fp32", "bf16", "int8", "int4"],
-        _about("Number format of the weights. auto: as the device likes."),
-    ] = "auto"
-    threads: Annotated[int, _about("Processor threads; 0: all cores.", 0, 1024)] = 0
-    block_size: Annotated[int, _about("Tokens in one block of the cache.", 1, 1024)] = 16
-    cache_tokens: Annotated[int, _about("Tokens that the cache holds; 0: as memory allows.", 0, 1 << 30)] = 0
-    tokens_per_step_max: Annotated[int, _about("Tokens computed in one step.", 1, 1 << 20)] = 512
-    sequences_max: Annotated[int, _about("Sequences computed in one step.", 1, 4096)] = 32
-    drafts_max: Annotated[int, _about("Tokens drafted ahead for a sequence; 0: none.", 0, 64)] = 4
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1."""
+    weights: str = "auto"
+    """Number format of the weights: fp32, bf16, int8, int4; auto: the checkpoint's."""
+    threads: Annotated[int, between(0, 1024)] = 0
+    """Processor threads; 0: all cores."""
+    block_size: Annotated[int, between(1, 1024)] = 16
+    """Tokens in one block of the cache."""
+    cache_tokens: Annotated[int, between(0, 1 << 30)] = 0
+    """Tokens that the cache holds; 0: as its memory allows."""
+    cache_memory_share: Annotated[float, between(0.01, 0.99)] = 0.5
+    """Share of the free memory for the cache."""
+    context_max: Annotated[int, between(0, 1 << 24)] = 0
+    """Tokens of a prompt and its answer; 0: as the model allows."""
+    tokens_per_step_max: Annotated[int, between(1, 1 << 20)] = 512
+    """Tokens computed in one step."""
+    sequences_max: Annotated[int, between(1, 4096)] = 32
+    """Sequences computed in one step."""
+    drafts_max: Annotated[int, between(0, 64)] = 0
+    """Tokens drafted ahead for a sequence; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a request may ask for; more is answered with an error."""
 
-    record_bytes_max: Annotated[int, _about("Bytes of a request's record.", 1 << 10, 64 << 20)] = 1 << 20
-    output_tokens_max: Annotated[int, _about("Tokens of one answer.", 1, 1 << 20)] = 4096
-    output_tokens_default: Annotated[int, _about("Tokens of one answer where the request names none.", 1, 1 << 20)] = (
-        256
-    )
-    choices_max: Annotated[int, _about("Answers to one request (n).", 1, 128)] = 16
+    record_bytes_max: Annotated[int, between(1 << 10, 64 << 20)] = 1 << 20
+    """Bytes of a request's record."""
+    output_tokens_max: Annotated[int, between(1, 1 << 20)] = 4096
+    """Tokens of one answer."""
+    output_tokens_default: Annotated[int, between(1, 1 << 20)] = 256
+    """Tokens of one answer where the request names none."""
+    choices_max: Annotated[int, between(1, 128)] = 16
+    """Answers to one request (n)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bill:
     """What tokens are sold for, and what the device costs us."""
 
-    price_book: Annotated[Path | None, _about("TOML file of prices. Default: the one in the package.")] = None
-    device_rate: Annotated[str, _about("US dollars for an hour of the device.")] = "0.10"  # two cores of a public cloud
-    events: Annotated[Literal["token", "request"], _about("A cost event for each output token, or one a request.")] = (
-        "token"
-    )
+    price_book: Path | None = None
+    """TOML file of prices. Default: the one in the package."""
+    device_rate: str = "0.10"  # two cores of a public cloud
+    """US dollars for an hour of the device."""
+    events: Literal["token", "request"] = "token"
+    """A cost event for each output token, or one a request."""
 
     def __post_init__(self) -> None:
         try:
@@ -196,19 +223,20 @@ class Bill:
 class Health:
     """Where /livez, /readyz and /metrics answer."""
 
-    host: Annotated[str, _about("Address to listen on; 0.0.0.0 in a container.")] = "127.0.0.1"
-    port: Annotated[int, _about("Port to listen on; 0: any free one, named in the log.", 0, 65535)] = 9464
-    # 9464 is what OpenTelemetry's Prometheus exporters listen on by default
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 in a container."""
+    port: Annotated[int, between(0, 65535)] = 9464  # OpenTelemetry's for a Prometheus exporter
+    """Port to listen on; 0: any free one, named in the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
     """What the worker says on stderr."""
 
-    level: Annotated[Literal["debug", "info", "warning", "error"], _about("The least that is said.")] = "info"
-    format: Annotated[Literal["auto", "text", "json"], _about("auto: text on a terminal, JSON lines elsewhere.")] = (
-        "auto"
-    )
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is said."""
+    format: Literal["auto", "text", "json"] = "auto"
+    """auto: text on a terminal, JSON lines elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,28 +244,28 @@ class Settings:
     """All that a worker is told from outside. Other commands take the parts that they need."""
 
     kafka: Annotated[Kafka, Parameter(name="*")] = field(default_factory=Kafka)
-    topics: Topics = field(default_factory=Topics)
-    group: Annotated[str, _about("Consumer group: the workers that share the requests.")] = "tokenmill"
-    model: Annotated[str, _about("Name of a fetched model, or the path of a checkpoint's folder.")] = ""
-    worker: Annotated[
-        str, _about("This worker's name, one at a time. Default: the host's name and a number that is free there.")
-    ] = ""
-    engine: Engine = field(default_factory=Engine)
-    limits: Limits = field(default_factory=Limits)
-    bill: Bill = field(default_factory=Bill)
-    flush_interval_ms: Annotated[int, _about("Time between two transactions.", 1, 10_000)] = 30
-    drain_s: Annotated[float, _about("Time to finish what runs after SIGTERM.", 0, 3600)] = 12
-    ageing_s: Annotated[float, _about("Time that batch requests wait at most behind realtime ones.", 0, 86_400)] = 5
-    health: Health = field(default_factory=Health)
-    log: Log = field(default_factory=Log)
+    topics: Annotated[Topics, Parameter(group="Topics")] = field(default_factory=Topics)
+    group: str = "tokenmill"
+    """Consumer group: the workers that share the requests."""
+    model: str = ""
+    """Name of a fetched model, or the path of a checkpoint's folder."""
+    worker: str = ""
+    """This worker's name, one at a time. Default: the host's name and a number that is free there."""
+    engine: Annotated[Engine, Parameter(group="Engine")] = field(default_factory=Engine)
+    limits: Annotated[Limits, Parameter(group="Limits")] = field(default_factory=Limits)
+    bill: Annotated[Bill, Parameter(group="Bill")] = field(default_factory=Bill)
+    flush_interval_ms: Annotated[int, between(1, 10_000)] = 30
+    """Time between two transactions."""
+    drain_s: Annotated[float, between(0, 3600)] = 12
+    """Time to finish what runs after SIGTERM."""
+    ageing_s: Annotated[float, between(0, 86_400)] = 5
+    """Time that batch requests wait at most behind realtime ones."""
+    health: Annotated[Health, Parameter(group="Health")] = field(default_factory=Health)
+    log: Annotated[Log, Parameter(group="Log")] = field(default_factory=Log)
 
     def __post_init__(self) -> None:
         if self.limits.output_tokens_default > self.limits.output_tokens_max:
             raise ValueError("limits.output_tokens_default is above limits.output_tokens_max")
-
-
-class _App(Protocol):
-    """What cyclopts hands to a source of values; nothing of it is needed here."""
 
 
 class SettingsFile:
@@ -250,11 +278,32 @@ class SettingsFile:
         self.path = path
         self.values = _read(path)
 
-    def __call__(self, app: _App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    def __call__(self, _app: object, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        """Called by cyclopts after flags and variables are in place."""
         for argument in arguments:
             key = argument.name.lstrip("-").replace("-", "_")
             if key in self.values and not argument.tokens:
                 argument.append(Token(keyword=key, value=_text(self.values[key]), source=str(self.path)))
+
+
+def models_folder() -> Path:
+    """Where fetched models are kept: safe to delete, they are fetched again."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = configured if configured.is_absolute() else Path.home() / ".cache"  # XDG: relative values are ignored
+    return cache / "tokenmill" / "models"
+
+
+def model_folder(model: str) -> Path:
+    """The checkpoint's folder: of a fetched model by its name, or at the path itself. Raises Misconfigured."""
+    if not model:
+        raise Misconfigured("no model is set: give --model smollm2-moe, or the path of a checkpoint's folder")
+    for folder in (models_folder() / model, Path(model)):
+        if (folder / "config.json").is_file():
+            return folder.absolute()
+    raise Misconfigured(
+        f"there is no model {model!r}, neither in {models_folder()} nor as a folder with a config.json: "
+        "`tokenmill model fetch smollm2-moe` fetches the demo model, `tokenmill model list` shows what is there"
+    )
 
 
 def setting_names() -> frozenset[str]:

@@ -68,6 +68,13 @@ async def require_topics(settings: KafkaSettings, topics: Sequence[str]) -> None
         await _known_partitions(consumer, topics)
 
 
+async def count_partitions(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, int]:
+    """How many partitions each topic has; 0 where it does not exist, or is not ours to see."""
+    async with _reader(settings) as consumer:
+        present = await consumer.topics()
+        return {topic: len(consumer.partitions_for_topic(topic) or ()) if topic in present else 0 for topic in topics}
+
+
 class Kept(NamedTuple):
     """Where a sent record is."""
 

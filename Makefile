@@ -1,0 +1,67 @@
+# Everything that a person or the CI does here. `make` alone lists it.
+# Needs Python >= 3.11 and a network; whatever else is used comes into .venv with `make install`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+export HF_HUB_OFFLINE := 1
+export TRITON_DEFAULT_FP_FUSION := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench compose-test constraints clean
+
+help: ## List what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Set up .venv with the command `tokenmill` in it
+
+# Ends at once when nothing has changed: the stamp is younger than the two files that say what is installed.
+# uv takes half a minute where pip takes two; pip does it where uv cannot be had.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "tokenmill needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | tail -n 1)." >&2; \
+		echo "Name another with  make install PYTHON=python3.12" >&2; exit 1; }
+	@echo "[1/3] .venv with $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+		echo "python3 cannot make virtual environments: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	@echo "[2/3] the installer (uv)"
+	@$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
+		|| echo "      not to be had: pip will do, and take some minutes"
+	@echo "[3/3] torch, Kafka's client and all else: 3 GB the first time, seconds when cached"
+	@if $(BIN)/uv --version >/dev/null 2>&1; then \
+		$(BIN)/uv pip install --python $(BIN)/python --editable '.[dev]' --constraint constraints.txt; \
+	else \
+		$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt; \
+	fi
+	@touch $@
+
+demo: $(STAMP) ## Run the main job here: Kafka, the model, a worker, requests, completions and their bill
+	@$(BIN)/tokenmill demo
+
+test: lint ## Run all that the CI runs; ends with the counts
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Check style, types and who may import whom
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+bench: $(STAMP) ## Measure the worker's overhead: the engine alone against the whole service
+	@$(BIN)/python benchmarks/overhead.py
+
+compose-test: $(STAMP) ## Run compose.yaml for real and kill its parts; says so loudly if no Docker engine answers
+	@$(BIN)/python tests/compose/run.py
+
+# These four move together and on purpose: torch and triton as on our GPU machines, numpy and setuptools as those two allow.
+# nvidia-* and cuda-* stay out: they differ with each torch, and a CPU-only torch has none.
+constraints: ## Pin anew, in constraints.txt, the newest of what pyproject.toml allows
+	@printf '%s\n' torch==2.11.0 triton==3.6.0 numpy==2.3.5 setuptools==81.0.0 \
+		| $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev pyproject.toml --constraint - \
+			--no-header --no-annotate --upgrade \
+		| { echo "# Every package of make install, exactly; written by make constraints."; grep -vE '^(nvidia|cuda)-'; } \
+		> .venv/constraints.txt && mv .venv/constraints.txt constraints.txt
+
+clean: ## Delete what the tools left behind; .venv stays
+	@rm -rf build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
