@@ -34,6 +34,7 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Dollars = Annotated[
     str, Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,12})?$(?!\n)", description="US dollars, to the picodollar")
 ]
+Tier = Literal["realtime", "batch"]
 
 
 class TextPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -100,7 +101,7 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     custom_id: Name
     method: Literal["POST"] = "POST"
     tenant: Name = "default"
-    tier: Literal["realtime", "batch"] | None = None  # None: as the topic says
+    tier: Tier | None = None  # None: as the topic says
     deadline: Annotated[float, Meta(ge=0, le=1e11)] | None = None  # seconds since 1970, as OpenAI's created
     max_cost: Dollars | None = None  # the price that the caller will not exceed
 

@@ -1,7 +1,7 @@
 """Results as consumers read them: an OpenAI batch output line, plus what an event-driven reader needs.
 
-Owns the shape of completions, failures and chunks. A result always names the record that it answers (`input`): a reader can
-prove that each was answered once.
+Owns the shape of completions, failures and chunks. A result always names the record that it answers (`input`), so that
+a reader can prove that each was answered once.
 """
 
 from typing import Literal

@@ -1,0 +1,117 @@
+"""One of a request's answers as its tokens come: the text, the logprobs in OpenAI's two shapes, the end."""
+
+from engine.types import Finished, Logprob, Token
+from engine.types import FinishReason as EngineReason
+from schemas.results import (
+    AssistantMessage,
+    ChatChoice,
+    ChatLogprobs,
+    FinishReason,
+    TextChoice,
+    TextLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
+from worker.intake import Admitted
+from worker.text import TextStream, Tokenizer
+
+LOGPROB_MIN = -9999.0  # OpenAI's own stand-in for the logarithm of zero, which JSON cannot say
+
+
+class Choice:
+    """Takes the choice's events in order; makes its part of the result once `finished`."""
+
+    def __init__(self, admitted: Admitted, tokenizer: Tokenizer) -> None:
+        self.finished: Finished | None = None
+        self.stream = TextStream(tokenizer, admitted.stops, admitted.request.sampling.tokens_min)
+        self._tokenizer = tokenizer
+        self._wants_logprobs = admitted.request.sampling.num_logprobs is not None
+        self._pieces: list[str] = []
+        self._tokens: list[tuple[Token, int]] = []  # with the number of characters before each; empty if not wanted
+
+    def take(self, event: Token) -> str:
+        """The text that this token makes final: none past a stop string."""
+        if self.stream.stopped:
+            return ""
+        if self._wants_logprobs:
+            self._tokens.append((event, self.stream.num_chars))
+        return self._keep(self.stream.feed(event.token))
+
+    def finish(self, event: Finished) -> str:
+        """The text that was held back until now."""
+        self.finished = event
+        return self._keep(self.stream.end())
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the choice ended; None while it goes on, or if it failed."""
+        if self.finished is None or self.finished.reason is EngineReason.FAILED:
+            return None
+        return "stop" if self.stream.stopped or self.finished.reason is EngineReason.STOP else "length"
+
+    def chat(self, index: int) -> ChatChoice:
+        """As a chat's answer."""
+        logprobs = [self._token_logprob(event) for event, _ in self._tokens]
+        return ChatChoice(
+            index=index,
+            message=AssistantMessage(content="".join(self._pieces)),
+            finish_reason=self._reason(),
+            logprobs=ChatLogprobs(content=logprobs) if self._wants_logprobs else None,
+        )
+
+    def text(self, index: int) -> TextChoice:
+        """As a text's continuation."""
+        return TextChoice(
+            index=index,
+            text="".join(self._pieces),
+            finish_reason=self._reason(),
+            logprobs=self._text_logprobs() if self._wants_logprobs else None,
+        )
+
+    def _keep(self, text: str) -> str:
+        if text:
+            self._pieces.append(text)
+        return text
+
+    def _reason(self) -> FinishReason:
+        if (reason := self.finish_reason) is None:
+            raise ValueError("the choice has not ended well: there is no result of it")
+        return reason
+
+    def _token_logprob(self, event: Token) -> TokenLogprob:
+        raw = self._tokenizer.token_bytes(event.token)
+        return TokenLogprob(
+            token=_name(raw),
+            logprob=_finite(event.logprob),
+            bytes=list(raw),
+            top_logprobs=[self._top_logprob(one) for one in event.top_logprobs],
+        )
+
+    def _top_logprob(self, one: Logprob) -> TopLogprob:
+        raw = self._tokenizer.token_bytes(one.token)
+        return TopLogprob(token=_name(raw), logprob=_finite(one), bytes=list(raw))
+
+    def _text_logprobs(self) -> TextLogprobs:
+        return TextLogprobs(
+            tokens=[self._name(event.token) for event, _ in self._tokens],
+            token_logprobs=[_finite(event.logprob) for event, _ in self._tokens],
+            # The likeliest first, so of two tokens of one name (parts of characters) the likelier stays.
+            top_logprobs=[
+                {self._name(one.token): _finite(one) for one in reversed(event.top_logprobs)}
+                for event, _ in self._tokens
+            ],
+            text_offset=[offset for _, offset in self._tokens],
+        )
+
+    def _name(self, token: int) -> str:
+        return _name(self._tokenizer.token_bytes(token))
+
+
+def _name(raw: bytes) -> str:
+    """The token as text: a part of a character shows as U+FFFD, and the bytes beside it say which."""
+    return raw.decode(errors="replace")
+
+
+def _finite(one: Logprob | None) -> float:
+    """JSON has neither infinity nor NaN."""
+    return one.logprob if one is not None and one.logprob > LOGPROB_MIN else LOGPROB_MIN

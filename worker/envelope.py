@@ -1,0 +1,103 @@
+"""Around each message what Kafka needs: topic, key and headers.
+
+Owns which topic a message goes to and what a dead letter looks like. Pure: it makes records and sends none. What is in
+the messages is made by `worker/outcome.py`, `worker/cost.py` and `worker/stream.py`.
+"""
+
+import time
+from collections.abc import Callable
+from urllib.parse import quote
+
+from schemas.codec import AnyResult, carried_headers, encode, event_headers
+from schemas.cost import CostEvent, MeterReading
+from schemas.results import Chunk, Completion, ErrorCode
+from worker.brokers.base import Headers, Outgoing, Record
+from worker.config import Topics
+from worker.errors import RequestError
+from worker.intake import KEY_BYTES_MAX
+
+# Of one record sent. Unless a topic allows more, Kafka refuses a batch above 1,048,588 bytes, and a record that can never
+# be sent would stop its partition for ever. What is between the two is for the frame and our headers.
+RECORD_BYTES_MAX = 1_000_000
+
+# Failures that somebody must look at. The others are limits that the caller has set, and is told of.
+DEAD_LETTERED = frozenset({ErrorCode.INVALID_REQUEST, ErrorCode.MODEL_NOT_FOUND, ErrorCode.INFERENCE_ERROR})
+
+
+class Envelope:
+    """Makes the records that one worker sends."""
+
+    def __init__(self, topics: Topics, group: str, worker: str, clock: Callable[[], float] = time.time) -> None:
+        self._topics = topics
+        self._group = group
+        self._worker = worker
+        self._source = f"/tokenmill/{quote(group, safe='')}/{quote(worker, safe='')}"
+        self._clock = clock
+
+    def completion(self, message: Completion, request: Record) -> Outgoing:
+        """For whoever waits for the answer."""
+        return self._answer(self._topics.completions, message, message.custom_id, request)
+
+    def cost(self, message: CostEvent, request: Record) -> Outgoing:
+        """For the ledger."""
+        return self._answer(self._topics.costs, message, message.custom_id, request)
+
+    def chunk(self, message: Chunk, request: Record) -> Outgoing:
+        """For whoever watches the answer come."""
+        return self._answer(self._topics.chunks, message, message.custom_id, request)
+
+    def meter(self, message: MeterReading) -> Outgoing:
+        """For the ledger. The key keeps one life's readings in order, in one partition."""
+        headers = event_headers(message, source=self._source, subject=message.worker, time_s=self._clock())
+        return Outgoing(topic=self._topics.costs, key=message.life.encode(), value=encode(message), headers=headers)
+
+    def dead_letter(self, request: Record, error: RequestError) -> Outgoing:
+        """The record as it came, byte for byte, with headers that say what is wrong with it.
+
+        What would make it too large to be sent is left out, the value first, and named in a header: the record itself
+        is still where `tokenmill.error.topic`, `.partition` and `.offset` say.
+        """
+        headers, value, left_out = request.headers, request.value, []
+        if _size(request.key, value, headers) > RECORD_BYTES_MAX:
+            value, left_out = None, ["value"]
+        if _size(request.key, value, headers) > RECORD_BYTES_MAX:
+            headers, left_out = (), ["value", "headers"]
+        key = _key(request)
+        if key != request.key:
+            left_out.append("key")
+        reasons = self._reasons(request, error) | ({"left_out": ",".join(left_out)} if left_out else {})
+        named = tuple((f"tokenmill.error.{name}", text.encode()) for name, text in reasons.items())
+        return Outgoing(topic=self._topics.dead_letters, key=key, value=value, headers=(*headers, *named))
+
+    def _answer(self, topic: str, message: AnyResult, subject: str | None, request: Record) -> Outgoing:
+        headers = event_headers(
+            message,
+            source=self._source,
+            subject=subject,
+            time_s=self._clock(),
+            carried=carried_headers(request.headers),
+        )
+        return Outgoing(topic=topic, key=_key(request), value=encode(message), headers=headers)
+
+    def _reasons(self, request: Record, error: RequestError) -> dict[str, str]:
+        return {
+            "code": error.code,
+            "message": error.message,
+            "topic": request.place.topic,
+            "partition": str(request.place.partition),
+            "offset": str(request.offset),
+            "timestamp": str(request.timestamp_ms),
+            "group": self._group,
+            "worker": self._worker,
+        }
+
+
+def _key(request: Record) -> bytes | None:
+    """The request's key, so that its results keep its order; none in place of one that is too long to repeat."""
+    return request.key if request.key is None or len(request.key) <= KEY_BYTES_MAX else None
+
+
+def _size(key: bytes | None, value: bytes | None, headers: Headers) -> int:
+    return sum(len(part or b"") for part in (key, value)) + sum(
+        len(name) * 4 + len(text or b"") for name, text in headers
+    )
