@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.brokers.base import Position
-from worker.offsets import METADATA_CHARS_MAX, UNFINISHED_MAX, WINDOW_MAX, OffsetLedger, pack, unpack
+from worker.brokers.base import METADATA_CHARS_MAX, Position
+from worker.offsets import UNFINISHED_MAX, WINDOW_MAX, OffsetLedger, pack, unpack
 
 
 def finished_after(position: Position, offsets: range) -> set[int]:

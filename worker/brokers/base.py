@@ -1,7 +1,7 @@
 """The port between the worker and a broker of ordered, partitioned logs with transactions.
 
-Owns the plain data and the protocol; `kafka.py` and `memory.py` are its two sides, held to one contract suite. Bytes and
-numbers only: what a record means is `schemas/codec.py`.
+Owns the plain data and the protocol; `kafka.py` and `memory.py` are its two sides, held to one contract suite. Bytes
+and numbers only: what a record means is `schemas/codec.py`.
 """
 
 from collections.abc import Awaitable, Collection, Mapping, Sequence
@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 from msgspec import Struct
 
 Headers = tuple[tuple[str, bytes], ...]
+
+METADATA_CHARS_MAX = 4096  # the brokers' default offset.metadata.max.bytes; they count characters
 
 
 class Place(NamedTuple):
@@ -46,6 +48,10 @@ class Position(Struct, frozen=True):
     offset: int
     metadata: str = ""
 
+    def __post_init__(self) -> None:
+        if len(self.metadata) > METADATA_CHARS_MAX:  # refused here, for the broker's refusal comes amid a transaction
+            raise ValueError(f"metadata of {len(self.metadata)} characters, more than {METADATA_CHARS_MAX}")
+
 
 class Membership(Struct, frozen=True, kw_only=True):
     """The right to commit, as a value: taken together with an assignment, checked by the broker in the transaction."""
@@ -74,23 +80,27 @@ class Broker(Protocol):
 
     async def start(self, topics: Sequence[str], listener: RebalanceListener) -> None:
         """Joins the group. Ends the open transactions that dead workers of the group left. Raises Unavailable or
-        Misconfigured (a topic is missing, a right is missing: it names which)."""
+        Misconfigured (a topic is missing, a right is missing: it names which).
+        """
 
     async def stop(self) -> None:
         """Leaves the group at once, so that others take over without waiting for a timeout."""
 
     async def poll(self, places: Collection[Place], num_max: int, timeout_s: float) -> list[Record]:
         """At most `num_max` records of these partitions, in order within each. The other partitions are paused. Must be
-        called steadily even with no places: it keeps the membership alive."""
+        called steadily even with no places: it keeps the membership alive.
+        """
 
     def seek(self, place: Place, offset: int) -> None:
         """The next record polled from the partition is the first at or after `offset`."""
 
     async def positions(self, places: Collection[Place]) -> Mapping[Place, Position]:
         """The committed positions, waiting until no transaction on them is open. Partitions without one are given the
-        start of their log, with empty metadata."""
+        start of their log, with empty metadata.
+        """
 
-    async def begin(self) -> None: ...
+    async def begin(self) -> None:
+        """A transaction is open. Raises OutcomeUnknown when the producer is broken."""
 
     async def send(self, record: Outgoing) -> Awaitable[None]:
         """Hands the record over; the awaitable returned is done when the broker has it."""
@@ -101,7 +111,8 @@ class Broker(Protocol):
     async def commit(self) -> None:
         """Raises OutcomeUnknown when no answer came, Fenced when another producer has taken our place."""
 
-    async def abort(self) -> None: ...
+    async def abort(self) -> None:
+        """Nothing of the open transaction will be seen. Raises as `commit` does."""
 
     async def renew(self) -> None:
         """Drops the producer and opens a new one in its place; any transaction of the old one is over afterwards."""

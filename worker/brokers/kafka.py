@@ -25,7 +25,6 @@ from worker.errors import Fenced, Misconfigured, TokenmillError
 
 T = TypeVar("T")
 
-METADATA_CHARS_MAX = 4096  # Kafka's offset.metadata.max.bytes, which counts characters; more breaks the transaction
 BATCH_BYTES_MAX = 128 << 10  # of records for one partition: a whole burst in most cases, well below a topic's 1 MiB
 PREVIEWS_MAX = 1000  # about a second of 1000 tokens/s; a preview that is older is of no use to anybody
 PREVIEW_RETRY_S = 1.0  # the brokers were there at the start: they are restarting
@@ -110,8 +109,6 @@ class KafkaBroker:
         return sent
 
     async def send_positions(self, positions: Mapping[Place, Position], membership: Membership) -> None:
-        if too_long := [place for place, position in positions.items() if len(position.metadata) > METADATA_CHARS_MAX]:
-            raise ValueError(f"metadata of more than {METADATA_CHARS_MAX} characters for {too_long}")
         group = membership.group if self._settings.stock_commits else GroupMembership.of(membership)
         offsets = {
             TopicPartition(*place): OffsetAndMetadata(position.offset, position.metadata)
