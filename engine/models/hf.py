@@ -140,7 +140,7 @@ class DecoderConfig(Struct, kw_only=True):
                 _require(low < high, f"low_freq_factor {low} is not below high_freq_factor {high}")
                 original = config.original_max_position_embeddings or self.max_position_embeddings
                 return Rope(theta, Llama3Scaling(config.factor, low, high, original))
-        raise ModelError(f'rope_type {kind!r} is not supported, only "default", "linear" and "llama3"')
+        raise ModelError(f'config.json: rope_type {kind!r} is not supported, only "default", "linear" and "llama3"')
 
 
 class GenerationConfig(Struct, kw_only=True):

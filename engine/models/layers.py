@@ -47,7 +47,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Weights:
-    """Takes parameters as they are kept and gives them back ready to compute with.
+    """Takes parameters as they are kept and gives them back ready to compute with, in memory of their own.
 
     The layers' matrices get the weight format `format`; embeddings, the head, routers, norms and biases keep `dtype`:
     they are small, or read one row at a time, and the model is most sensitive to them.
@@ -61,7 +61,7 @@ class Weights:
 
     def tensor(self, parameter: Parameter) -> Tensor:
         """The parameter in the activations' dtype."""
-        return self.tensors.take(parameter).to(self.device, self.dtype)
+        return self.tensors.take(parameter).to(self.device, self.dtype, copy=True)
 
     def projection(self, *fused: Parameter, bias: Sequence[Parameter] = ()) -> Projection:
         """The matrices one below the other, in the weight format: one multiplication gives all their outputs.

@@ -1,0 +1,173 @@
+"""From a Hugging Face folder (`config.json` and safetensors) to a decoder in memory.
+
+Owns the check of everything that comes from the folder: all of it is known to fit, from the headers alone, before the
+first byte of a weight is read. Never runs code from a checkpoint: pickled weights are not read at all.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+from msgspec import Struct
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.errors import ModelError
+from engine.models import ARCHITECTURES, Architecture, Decoder, ModelSpec
+from engine.models.hf import GenerationConfig, token_ids
+from engine.models.layers import DENSE_FORMATS, Weights
+from engine.models.parameters import Parameter, parameters
+from engine.quant import FORMATS
+from kernels.ops import Ops
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+CONFIG_BYTES_MAX = 1 << 20  # the longest published one, with a thousand labels, has 100 kB
+INDEX_BYTES_MAX = 64 << 20  # a name of 70 characters for each of half a million tensors
+SHARDS_MAX = 1024  # the largest published checkpoints have 200; each holds a file open while we read
+
+BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # what we read, by safetensors' names
+RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that Llama checkpoints of 2023 carry along
+
+
+class _Index(Struct):
+    weight_map: dict[str, str]  # tensor name -> file
+
+
+def _silent(bytes_done: int, bytes_total: int) -> None:
+    pass
+
+
+def load(
+    path: Path,
+    ops: Ops,
+    *,
+    weights: str,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    progress: Progress = _silent,
+) -> Decoder:
+    """The model of the folder `path`, its layers' matrices in the weight format `weights`, computing in `dtype`.
+
+    `weights` is one of `FORMATS`: int8 and int4 are made here, from whatever floats the folder holds. `progress` hears
+    of each tensor. Raises ModelError for whatever is wrong with the folder or the settings.
+    """
+    if weights not in FORMATS:
+        raise ModelError(f"weights {weights!r} is not one of {', '.join(FORMATS)}")
+    if dtype not in DENSE_FORMATS:
+        raise ModelError(f"dtype {dtype} is not one of {', '.join(map(str, DENSE_FORMATS))}")
+    architecture, spec = _read_config(path)
+    with ExitStack() as files:
+        shards = [files.enter_context(_open_shard(file)) for file in _shard_files(path)]
+        checkpoint = Checkpoint(architecture, shards, progress)
+        checkpoint.check(spec)
+        return Decoder(spec, Weights(checkpoint, ops, weights, dtype, torch.device(device)))
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """What the folder's model is, without its weights. Raises ModelError as `load` does."""
+    return _read_config(path)[1]
+
+
+def _read_config(path: Path) -> tuple[Architecture, ModelSpec]:
+    config = _read_json(path / "config.json", dict[str, Any], CONFIG_BYTES_MAX)
+    listed = config.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed else None
+    architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
+    if architecture is None:
+        raise ModelError(f"{path}: the architecture {name!r} is not one of {', '.join(ARCHITECTURES)}")
+    spec = architecture.spec_from_config(config)
+    generation = path / "generation_config.json"
+    if generation.exists():  # it may name more tokens that end an answer, and has the last word
+        ids = token_ids(_read_json(generation, GenerationConfig, CONFIG_BYTES_MAX).eos_token_id)
+        spec = replace(spec, eos_token_ids=ids) if ids else spec
+    return architecture, spec
+
+
+class Checkpoint:
+    """The tensors of open shards, under our names: the decoder's `Tensors`."""
+
+    def __init__(self, architecture: Architecture, shards: Sequence[Any], progress: Progress) -> None:
+        self._architecture = architecture
+        self._shards = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118  # not a mapping
+        self._progress = progress
+        self._bytes_total = self._bytes_done = 0
+
+    def check(self, spec: ModelSpec) -> None:
+        """From now on `take` gives every parameter of the model.
+
+        Raises ModelError for a tensor that is missing, misshapen, of a type that we do not read, or there without need.
+        """
+        surplus = {name for name in self._shards if not name.endswith(RECOMPUTED)}
+        for parameter, shape in parameters(spec).items():
+            name = self._architecture.tensor_name(parameter)
+            self._bytes_total += self._check(name, shape)
+            surplus.discard(name)
+        if spec.tied_embeddings:
+            surplus.discard(self._architecture.tensor_name(Parameter("head")))  # a second copy of the embedding
+        if surplus:
+            raise ModelError(
+                f"tensor {min(surplus)} and {len(surplus) - 1} others belong to no part of the model that config.json "
+                "describes: it would not be the model that was trained"
+            )
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> int:
+        """The tensor's bytes."""
+        if name not in self._shards:
+            raise ModelError(f"tensor {name} is missing: the download may be incomplete")
+        there = self._shards[name].get_slice(name)
+        if tuple(there.get_shape()) != shape:
+            raise ModelError(f"tensor {name} has the shape {tuple(there.get_shape())}, config.json makes it {shape}")
+        if there.get_dtype() not in BYTES:
+            raise ModelError(f"tensor {name} is of type {there.get_dtype()}, not one of {', '.join(BYTES)}")
+        return prod(shape) * BYTES[there.get_dtype()]
+
+    def take(self, parameter: Parameter) -> Tensor:
+        """The tensor as the file has it: a view of the mapped file, to be copied before the shards are closed."""
+        name = self._architecture.tensor_name(parameter)
+        tensor: Tensor = self._shards[name].get_tensor(name)
+        self._bytes_done += tensor.nbytes
+        self._progress(self._bytes_done, self._bytes_total)
+        return tensor
+
+
+def _shard_files(path: Path) -> list[Path]:
+    """The folder's weight files: those that the index names, or the only one."""
+    index_file = path / "model.safetensors.index.json"
+    if not index_file.exists():
+        return [path / "model.safetensors"]
+    names = sorted(set(_read_json(index_file, _Index, INDEX_BYTES_MAX).weight_map.values()))
+    if len(names) > SHARDS_MAX:
+        raise ModelError(f"{index_file}: {len(names)} files are more than {SHARDS_MAX}")
+    for name in names:
+        if Path(name).name != name:  # "../../etc/shadow", "/dev/zero": a checkpoint reads its own folder alone
+            raise ModelError(f"{index_file}: {name!r} is not a file of this folder")
+    return [path / name for name in names]
+
+
+@contextmanager
+def _open_shard(file: Path) -> Iterator[Any]:
+    """The file open and its header checked: its tensors neither overlap nor reach beyond the file."""
+    if not file.is_file():
+        raise ModelError(f"{file} is missing: only safetensors are read, and the download may be incomplete")
+    try:
+        shard = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: {error}") from error
+    with shard:
+        yield shard
+
+
+def _read_json(file: Path, kind: type[T], bytes_max: int) -> T:
+    try:
+        if file.stat().st_size > bytes_max:
+            raise ModelError(f"{file} is longer than {bytes_max} bytes")
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
+        raise ModelError(f"{file}: {error}") from error

@@ -1,0 +1,285 @@
+"""A folder is loaded whole and unharmed, or refused by name."""
+
+import json
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.errors import ModelError
+from engine.loader import INDEX_BYTES_MAX, load, read_spec
+from engine.models import Decoder
+from engine.quant import FORMATS
+from kernels.ops import Ops, WeightKernel
+from kernels.reference import OPS
+from tests.test_models import TOKENS, logits
+from tests.tiny_models import tiny_llama, tiny_mixtral
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", ".w1.", ".w2.", ".w3.")  # of a Mixtral
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("pristine"), 1)
+
+
+@pytest.fixture
+def llama(pristine: Path, tmp_path: Path) -> Path:
+    """A copy of one Llama folder, to be spoilt."""
+    return shutil.copytree(pristine, tmp_path / "llama")
+
+
+class TestWeightFormats:
+    @pytest.mark.parametrize("weights", ["int8", "int4"])
+    def test_a_quantized_model_is_the_dense_model_of_its_dequantized_weights(
+        self, tmp_path: Path, weights: str
+    ) -> None:
+        shape = {"hidden_size": 64, "intermediate_size": 96}  # int4 has groups of 32
+        checkpoint = tiny_mixtral(tmp_path, 2, **shape)
+        quantized = load(checkpoint, OPS, weights=weights, dtype=torch.float32)
+        rounded = load(_rounded(checkpoint, weights), OPS, weights="fp32", dtype=torch.float32)
+        assert torch.equal(logits(quantized, [TOKENS]), logits(rounded, [TOKENS]))
+        assert not torch.equal(logits(quantized, [TOKENS]), logits(_load(checkpoint), [TOKENS]))
+
+    def test_a_format_that_the_backend_lacks_is_unpacked_and_multiplied(self, llama: Path) -> None:
+        dense_only = {name: kernel for name, kernel in OPS.weights.items() if name in {"fp32", "bf16"}}
+        unpacked = load(llama, _with_weights(dense_only), weights="int8", dtype=torch.float32)
+        packed = load(llama, OPS, weights="int8", dtype=torch.float32)
+        assert torch.equal(logits(unpacked, [TOKENS]), logits(packed, [TOKENS]))
+
+    def test_a_matrix_that_int4_cannot_group_is_named(self, llama: Path) -> None:
+        with pytest.raises(ModelError, match=r"attention.query.*multiple of 32"):  # hidden size 48
+            load(llama, OPS, weights="int4", dtype=torch.float32)
+
+    def test_an_unknown_format_or_dtype_is_refused(self, llama: Path) -> None:
+        with pytest.raises(ModelError, match=r"int3.*fp32, bf16, int8, int4"):
+            load(llama, OPS, weights="int3", dtype=torch.float32)
+        with pytest.raises(ModelError, match="float16"):
+            load(llama, OPS, weights="fp32", dtype=torch.float16)
+
+
+class TestFolders:
+    def test_shards_load_as_one_file_does(self, llama: Path) -> None:
+        whole = logits(_load(llama), [TOKENS])
+        _shard(llama)
+        assert torch.equal(logits(_load(llama), [TOKENS]), whole)
+
+    def test_progress_reaches_every_byte(self, llama: Path) -> None:
+        heard: list[tuple[int, int]] = []
+        load(llama, OPS, weights="fp32", dtype=torch.float32, progress=lambda *bytes_: heard.append(bytes_))
+        tensors = load_file(llama / "model.safetensors")
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        assert len(heard) == len(tensors)
+        assert heard == sorted(heard)
+        assert heard[-1] == (total, total)
+
+    def test_the_model_outlives_its_folder(self, llama: Path) -> None:
+        """Its weights are copies: a file cut short under a running model would kill the process."""
+        model = _load(llama)
+        before = logits(model, [TOKENS])
+        (llama / "model.safetensors").write_bytes(b"")
+        assert torch.equal(logits(model, [TOKENS]), before)
+
+    def test_generation_config_has_the_last_word_on_what_ends_an_answer(self, llama: Path) -> None:
+        (llama / "generation_config.json").unlink()
+        assert read_spec(llama).eos_token_ids == (1,)
+        (llama / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+        assert read_spec(llama).eos_token_ids == (3, 4)
+
+    def test_leftovers_that_mean_nothing_are_ignored(self, tmp_path: Path) -> None:
+        llama = tiny_llama(tmp_path, tie_word_embeddings=True)
+        before = logits(_load(llama), [TOKENS])
+        embedding = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
+        _rewrite(llama, {"lm_head.weight": embedding, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)})
+        assert torch.equal(logits(_load(llama), [TOKENS]), before)
+
+
+class TestDamagedFolders:
+    def test_a_missing_tensor_is_named(self, llama: Path) -> None:
+        _rewrite(llama, {GATE: None})
+        _refused(llama, f"{GATE} is missing")
+
+    def test_a_surplus_tensor_is_named(self, llama: Path) -> None:
+        _rewrite(llama, {"model.layers.0.self_attn.q_norm.weight": torch.ones(12)})
+        _refused(llama, "q_norm.weight")
+
+    def test_a_misshapen_tensor_is_named_with_both_shapes(self, llama: Path) -> None:
+        _rewrite(llama, {GATE: torch.zeros(48, 80)})
+        _refused(llama, rf"{GATE}.*\(48, 80\).*\(80, 48\)")
+
+    def test_a_tensor_that_is_no_float_is_named(self, llama: Path) -> None:
+        _rewrite(llama, {GATE: torch.zeros(80, 48, dtype=torch.int8)})
+        _refused(llama, f"{GATE}.*I8")
+
+    def test_a_missing_file_is_named(self, llama: Path) -> None:
+        (llama / "model.safetensors").unlink()
+        _refused(llama, "model.safetensors is missing")
+        (llama / "config.json").unlink()
+        _refused(llama, "config.json")
+
+    def test_a_missing_shard_is_named(self, llama: Path) -> None:
+        _shard(llama)
+        (llama / "b.safetensors").unlink()
+        _refused(llama, "b.safetensors is missing")
+
+
+class TestHostileFolders:
+    @pytest.mark.parametrize("length", [0, 4, 8, 100, -1])
+    def test_a_truncated_file(self, llama: Path, length: int) -> None:
+        weights = llama / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:length])
+        _refused(llama, "model.safetensors")
+
+    @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 1])
+    def test_a_header_length_that_lies(self, llama: Path, length: int) -> None:
+        weights = llama / "model.safetensors"
+        weights.write_bytes(struct.pack("<Q", length) + weights.read_bytes()[8:])
+        _refused(llama, "model.safetensors")
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"dtype": "F32", "shape": [97, 48], "data_offsets": [0, 2**62]},
+            {"dtype": "F32", "shape": [97, 48], "data_offsets": [97 * 48 * 4, 0]},
+            {"dtype": "F32", "shape": [2**32, 2**32], "data_offsets": [0, 97 * 48 * 4]},
+            {"dtype": "F32", "shape": [97, -48], "data_offsets": [0, 97 * 48 * 4]},
+            {"dtype": "pickle", "shape": [97, 48], "data_offsets": [0, 97 * 48 * 4]},
+        ],
+        ids=["beyond the file", "backwards", "shape overflows", "negative size", "unknown type"],
+    )
+    def test_a_header_entry_that_lies(self, llama: Path, entry: dict[str, Any]) -> None:
+        header = json.dumps({"lm_head.weight": entry}).encode()
+        data = bytes(97 * 48 * 4)
+        (llama / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+        _refused(llama, "model.safetensors")
+
+    def test_two_tensors_in_one_place(self, llama: Path) -> None:
+        entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+        header = json.dumps({"lm_head.weight": entry, "model.norm.weight": entry}).encode()
+        (llama / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+        _refused(llama, "model.safetensors")
+
+    @pytest.mark.parametrize("name", ["../model.safetensors", "/dev/zero", "a/b.safetensors"])
+    def test_an_index_that_points_out_of_the_folder(self, llama: Path, name: str) -> None:
+        _write_index(llama, {"lm_head.weight": name})
+        _refused(llama, "is not a file of this folder")
+
+    def test_an_index_of_endless_length(self, llama: Path) -> None:
+        with (llama / "model.safetensors.index.json").open("wb") as index:
+            index.truncate(INDEX_BYTES_MAX + 1)
+        _refused(llama, "longer than")
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "[]",
+            "{",
+            '{"architectures": 3}',
+            '{"architectures": [["x"]]}',
+            "[" * 100_000,
+            '{"a": ' * 100_000,
+            "\xff",
+        ],
+        ids=["empty", "a list", "cut", "a number", "nested", "a bomb of lists", "a bomb of objects", "not UTF-8"],
+    )
+    def test_a_config_that_is_none(self, llama: Path, text: str) -> None:
+        (llama / "config.json").write_text(text, encoding="latin-1")
+        _refused(llama)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("num_hidden_layers", 10**9),
+            ("num_hidden_layers", 0),
+            ("num_hidden_layers", 2.5),
+            ("hidden_size", -48),
+            ("hidden_size", "48"),
+            ("vocab_size", 2**70),
+            ("rms_norm_eps", -1.0),
+            ("num_key_value_heads", 3),
+            ("head_dim", 7),
+            ("hidden_act", "gelu"),
+            ("sliding_window", 128),
+            ("mlp_bias", True),
+            ("eos_token_id", [1] * 1000),
+            ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+            ("rope_parameters", {"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}),
+            ("rope_parameters", {"rope_type": "default", "rope_theta": 0.0}),
+            ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ],
+    )
+    def test_a_field_out_of_bounds_or_beyond_us_is_named(self, llama: Path, field: str, value: object) -> None:
+        config = json.loads((llama / "config.json").read_text())
+        (llama / "config.json").write_text(json.dumps(config | {field: value}))
+        named = "rope|freq_factor|rotary" if field == "rope_parameters" else field
+        _refused(llama, f"config.json.*({named})")
+
+    def test_an_unknown_architecture_is_named_with_the_known_ones(self, llama: Path) -> None:
+        (llama / "config.json").write_text('{"architectures": ["GPT5ForCausalLM"]}')
+        _refused(llama, "GPT5ForCausalLM.*LlamaForCausalLM, MixtralForCausalLM")
+
+    def test_more_experts_chosen_than_there_are(self, tmp_path: Path) -> None:
+        mixtral = tiny_mixtral(tmp_path)
+        config = json.loads((mixtral / "config.json").read_text())
+        (mixtral / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 5}))
+        _refused(mixtral, "5 chosen experts")
+
+
+def _load(path: Path) -> Decoder:
+    return load(path, OPS, weights="fp32", dtype=torch.float32)
+
+
+def _refused(path: Path, because: str | None = None) -> None:
+    with pytest.raises(ModelError, match=because):
+        _load(path)
+
+
+def _with_weights(weights: Mapping[str, WeightKernel]) -> Ops:
+    return replace(OPS, weights=weights)
+
+
+def _rewrite(path: Path, changes: Mapping[str, Tensor | None]) -> None:
+    """Replaces, adds or (None) removes tensors of the folder's one weight file."""
+    file = path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()} | dict(changes)
+    save_file({name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}, file)
+
+
+def _rounded(path: Path, weights: str) -> Path:
+    """The checkpoint with each matrix of the layers replaced by what the weight format makes of it."""
+    quantized = FORMATS[weights]
+    tensors = load_file(path / "model.safetensors")
+    changes = {
+        name: quantized.dequantize(quantized.quantize(tensor))
+        for name, tensor in tensors.items()
+        if any(part in name for part in QUANTIZED)
+    }
+    assert len(changes) == 2 * (4 + 4 * 3)  # 2 layers: attention's four, and three for each of 4 experts
+    copy = path.with_name(f"{path.name}-{weights}")
+    copy.mkdir()
+    (copy / "config.json").write_bytes((path / "config.json").read_bytes())
+    save_file(tensors | changes, copy / "model.safetensors")
+    return copy
+
+
+def _shard(path: Path) -> None:
+    """Splits the folder's one weight file in two and an index."""
+    tensors = load_file(path / "model.safetensors")
+    weight_map = {name: "ab"[number % 2] + ".safetensors" for number, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name].clone() for name in tensors if weight_map[name] == file}, path / file)
+    (path / "model.safetensors").unlink()
+    _write_index(path, weight_map)
+
+
+def _write_index(path: Path, weight_map: dict[str, str]) -> None:
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
