@@ -12,9 +12,7 @@ import base64
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from worker.brokers.base import Position
-
-METADATA_CHARS_MAX = 4096  # the brokers' default offset.metadata.max.bytes; they count characters
+from worker.brokers.base import METADATA_CHARS_MAX, Position
 
 # With at most 1,024 unfinished offsets there are at most 2,049 runs. A run is one byte long unless it spans 128 offsets,
 # and a window of 16,384 holds 128 of those; one jump past the window may cost 9 bytes more. So 2,186 bytes at the most,
