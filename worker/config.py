@@ -163,8 +163,8 @@ class Topics:
 class Engine:
     """How the engine uses the machine. Its fields are `engine/config.py`'s, which also says how they must fit."""
 
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, cuda:1; auto: cuda where there is one."""
     weights: str = "auto"
     """Number format of the weights: fp32, bf16, int8, int4; auto: the checkpoint's."""
     threads: Annotated[int, between(0, 1024)] = 0
@@ -320,6 +320,18 @@ def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, prefix if _is_unnamed(hints[name]) else f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def as_flags(values: Mapping[str, object]) -> list[str]:
+    """The command line that gives these settings, by name, to a command; empty ones stay at their default."""
+    flags: list[str] = []
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value not in (None, False, ""):
+            flags += [flag, str(value)]
+    return flags
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:

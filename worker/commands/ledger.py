@@ -4,11 +4,16 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+import worker.ledger
 from schemas.cost import CostEvent, MeterReading
 from schemas.results import Completion
+from worker.brokers.kafka_client import read_all
+from worker.brokers.kafka_settings import KafkaSettings
+from worker.commands.answers import decode
 from worker.commands.output import Json, console, print_json
 from worker.commands.progress import progress
 from worker.config import Kafka, Topics
+from worker.ledger import Report, render
 
 app = App(name="ledger", help="Prove from the topic that every second of the device is accounted for.")
 
@@ -25,22 +30,21 @@ async def reconcile(
         tokenmill ledger reconcile --brokers kafka:9092
         tokenmill ledger reconcile --json | jq .difference
     """
-    from worker.brokers.kafka_client import read_all
-    from worker.commands.answers import decode
-    from worker.ledger import reconcile as audit
-    from worker.ledger import render
-
     with progress() as report:
         report(f"reading {topics.costs} and {topics.completions}")
-        messages = [decode(record) for record in await read_all(kafka.client(), [topics.costs, topics.completions])]
-        report(f"adding up {len(messages)} records")
-        found = audit(
-            (message for message in messages if isinstance(message, CostEvent)),
-            (message for message in messages if isinstance(message, MeterReading)),
-            (message for message in messages if isinstance(message, Completion)),
-        )
+        found = await audit(kafka.client(), topics)
     if json:
         print_json(found)
     else:
         console().print(render(found))
     return 0 if found.is_clean else 1
+
+
+async def audit(client: KafkaSettings, topics: Topics) -> Report:
+    """The report on everything that is committed now."""
+    messages = [decode(record) for record in await read_all(client, [topics.costs, topics.completions])]
+    return worker.ledger.reconcile(
+        (message for message in messages if isinstance(message, CostEvent)),
+        (message for message in messages if isinstance(message, MeterReading)),
+        (message for message in messages if isinstance(message, Completion)),
+    )

@@ -6,11 +6,13 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+Report = Callable[[str], None]
+
 _REPEAT_S = 5.0  # a log that is not watched live: enough to see that it moves, not a line per jar
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
+def progress() -> Iterator[Report]:
     """The body may say, as often as it likes, what is being waited for: `"what: how far"`."""
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:

