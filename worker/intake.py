@@ -170,10 +170,10 @@ class Intake:
         asked = (body.max_completion_tokens if isinstance(body, ChatBody) else None) or body.max_tokens
         room = self._room - num_prompt
         tokens_max = asked or min(self._limits.output_tokens_default, room)
-        if tokens_max > self._limits.output_tokens_max:
-            raise invalid(f"max_tokens is {tokens_max}; at most {self._limits.output_tokens_max} are given")
         if tokens_max > room:
             raise too_long(f"{num_prompt} tokens of prompt and {tokens_max} of answer; there is room for {self._room}")
+        if tokens_max > self._limits.output_tokens_max:
+            raise invalid(f"max_tokens is {tokens_max}; at most {self._limits.output_tokens_max} are given")
         if body.min_tokens > tokens_max:
             raise invalid(f"min_tokens is {body.min_tokens}, and the answer ends after {tokens_max}")
         self._check_size(generate, tokens_max)

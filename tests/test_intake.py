@@ -1,0 +1,263 @@
+"""Every record ends as a request that the engine can take, or as a failure that says what to change."""
+
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.types import Capacity
+from schemas.results import ErrorCode
+from tests import hostile
+from tests.hostile import MODEL, chat, line, record, text
+from tests.tiny_tokenizer import save_byte_level
+from worker.config import Limits
+from worker.intake import Admitted, Intake, Refused
+from worker.text import load_tokenizer
+
+NOW_S = 1_800_000_000.0
+CONTEXT = 200
+VOCAB = 400
+
+# The slowest here is a megabyte of JSON, in 10 ms on a quiet machine.
+SLOWEST_S = 0.25
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(save_byte_level(tmp_path_factory.mktemp("tokenizer")))
+
+
+def make_intake(tokenizer, **changes) -> Intake:
+    capacity = {"cache_tokens": 1024, "context_max": CONTEXT, "vocab_size": VOCAB, "eos_token_ids": (1,)}
+    for name in capacity.keys() & changes.keys():
+        capacity[name] = changes.pop(name)
+    settings = {
+        "models": (MODEL,),
+        "tokenizer": tokenizer,
+        "capacity": Capacity(**capacity),
+        "limits": Limits(output_tokens_max=190, output_tokens_default=32, choices_max=16),
+        "price_ceiling": lambda prompt, output, tier, model: prompt + 1000 * output,
+        "clock": lambda: NOW_S,
+    }
+    return Intake(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def intake(tokenizer):
+    return make_intake(tokenizer)
+
+
+def admit(intake: Intake, request: dict, offset: int = 0, tier="realtime") -> Admitted:
+    return intake.admit(record(line(request), offset=offset), tier, id=7)
+
+
+def refusal(intake: Intake, request: dict) -> Refused:
+    with pytest.raises(Refused) as refused:
+        admit(intake, request)
+    return refused.value
+
+
+# --------------------------------------------------------------------------------------------------------- what is made
+
+
+def test_a_chat_becomes_a_request_for_the_engine(intake, tokenizer):
+    admitted = admit(intake, chat({"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3, "n": 2}))
+    request, sampling = admitted.request, admitted.request.sampling
+    assert request.id == 7
+    assert tokenizer.decode(request.prompt) == "user\nhello\nassistant\n"
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.7, 0.9, 5, 0.1)
+    assert (sampling.seed, sampling.num_choices, sampling.tokens_max, sampling.num_logprobs) == (3, 2, 8, None)
+    assert admitted.tokens_reserved == 2 * (len(request.prompt) + 8)
+    assert admitted.input.offset == 0
+
+
+def test_a_prompt_of_tokens_is_taken_as_it_is(intake):
+    assert admit(intake, text({"prompt": [5, 6, 399]})).request.prompt == (5, 6, 399)
+
+
+def test_the_models_end_tokens_stop_an_answer_unless_they_are_ignored(intake):
+    assert admit(intake, chat({"stop_token_ids": [9]})).request.sampling.stop_token_ids == (1, 9)
+    assert admit(intake, chat({"ignore_eos": True, "stop_token_ids": [9]})).request.sampling.stop_token_ids == (9,)
+
+
+def test_stop_strings_are_one_or_several(intake):
+    assert [stop.text for stop in admit(intake, chat({"stop": "\n"})).stops] == ["\n"]
+    assert [stop.text for stop in admit(intake, chat({"stop": ["a", "b"]})).stops] == ["a", "b"]
+    assert admit(intake, chat()).stops == ()
+
+
+def test_logprobs_are_asked_for_in_openais_two_ways(intake):
+    def wanted(request):
+        return admit(intake, request).request.sampling.num_logprobs
+
+    assert wanted(chat({"logprobs": True, "top_logprobs": 3})) == 3
+    assert wanted(chat({"logprobs": True})) == 0
+    assert wanted(text({"logprobs": 0})) == 0
+    assert wanted(text({"logprobs": 2})) == 2
+    assert wanted(text()) is None
+
+
+def test_an_unnamed_length_is_the_default_as_far_as_the_context_goes(intake):
+    def length(prompt):
+        request = text({"prompt": prompt})
+        del request["body"]["max_tokens"]
+        return admit(intake, request).request.sampling.tokens_max
+
+    assert length([5]) == 32
+    assert length([5] * (CONTEXT - 10)) == 10
+
+
+def test_prompt_and_answer_may_fill_the_context_to_the_last_token(intake):
+    full = admit(intake, text({"prompt": [5] * (CONTEXT - 8)}))
+    assert len(full.request.prompt) + full.request.sampling.tokens_max == CONTEXT
+    assert refusal(intake, text({"prompt": [5] * (CONTEXT - 7)})).code == ErrorCode.CONTEXT_EXCEEDED
+
+
+def test_a_cache_smaller_than_the_context_is_the_limit(tokenizer):
+    small = make_intake(tokenizer, cache_tokens=16)
+    admit(small, text({"prompt": [5] * 8}))
+    assert refusal(small, text({"prompt": [5] * 9})).code == ErrorCode.CONTEXT_EXCEEDED
+
+
+def test_no_request_reserves_more_than_the_cache_holds(tokenizer):
+    small = make_intake(tokenizer, cache_tokens=16)
+    assert admit(small, text({"prompt": [5] * 8, "n": 16})).tokens_reserved == 16
+
+
+def test_the_topic_gives_the_tier_unless_the_request_names_one(intake):
+    batch, urgent = admit(intake, chat(), tier="batch"), admit(intake, chat(tier="realtime"), tier="batch")
+    assert (batch.tier, urgent.tier) == ("batch", "realtime")
+    assert batch.request.priority > urgent.request.priority
+
+
+def test_a_record_read_again_draws_the_same_random_numbers_and_another_record_others(intake):
+    seeds = [admit(intake, chat(), offset=offset).request.sampling.seed for offset in (1, 1, 2)]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_tenants_do_not_share_cached_prefixes(intake):
+    assert admit(intake, chat(tenant="a")).request.cache_salt != admit(intake, chat(tenant="b")).request.cache_salt
+
+
+def test_a_valid_trace_context_is_carried_on_and_a_broken_one_is_not(intake):
+    good = ("traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    rest = (("tracestate", b"vendor=1"), ("correlation_id", b"42"), ("other", b"x"))
+    carried = intake.admit(record(line(chat()), (good, *rest)), "realtime", 1).carried
+    assert carried == (good, *rest[:2])
+    broken = ("traceparent", b"00-" + b"0" * 32 + b"-b7ad6b7169203331-01")
+    assert intake.admit(record(line(chat()), (broken, *rest)), "realtime", 1).carried == rest[1:2]
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_refusal_names_whose_request_it_was(intake):
+    refused = refusal(intake, chat({"n": 100}, tenant="acme"))
+    assert (refused.custom_id, refused.tenant) == ("mine", "acme")
+
+
+def test_a_malformed_request_is_named_as_far_as_it_can_be_read(intake):
+    assert refusal(intake, chat({"n": "many"})).custom_id == "mine"
+    with pytest.raises(Refused) as refused:
+        intake.admit(record(b"{"), "realtime", 1)
+    assert refused.value.custom_id is None
+
+
+def test_a_deadline_counts_from_the_moment_it_is_reached(intake):
+    assert admit(intake, chat(deadline=NOW_S + 0.001)).deadline == NOW_S + 0.001
+    assert refusal(intake, chat(deadline=NOW_S)).code == ErrorCode.DEADLINE_EXCEEDED
+
+
+def test_a_price_that_may_exceed_the_budget_is_refused_to_the_picodollar(intake):
+    ceiling = 3 + 1000 * 8 * 2  # of three tokens of prompt and two choices of eight
+    request = {"prompt": [5, 6, 7], "n": 2}
+    admit(intake, text(request, max_cost=f"0.{ceiling:012d}"))
+    refused = refusal(intake, text(request, max_cost=f"0.{ceiling - 1:012d}"))
+    assert refused.code == ErrorCode.BUDGET_EXCEEDED
+    assert "0.000000016003" in refused.message
+
+
+def test_an_answer_that_no_record_could_hold_is_refused_before_it_is_paid_for(tokenizer):
+    intake = make_intake(tokenizer, limits=Limits(record_bytes_max=100_000, choices_max=16))
+    admit(intake, chat({"max_tokens": 100, "logprobs": True, "top_logprobs": 5}))
+    assert (
+        "a record holds 100000"
+        in refusal(intake, chat({"max_tokens": 100, "logprobs": True, "top_logprobs": 20})).message
+    )
+
+
+@pytest.mark.parametrize("name", hostile.REFUSED)
+def test_hostile_input_is_refused_at_once(intake, name):
+    code, bad = hostile.REFUSED[name]
+    start = time.perf_counter()
+    with pytest.raises(Refused) as refused:
+        intake.admit(bad, "realtime", 1)
+    assert time.perf_counter() - start < SLOWEST_S
+    assert refused.value.code == code, refused.value
+
+
+@pytest.mark.parametrize("name", hostile.ADMITTED)
+def test_odd_but_honest_input_is_admitted(intake, name):
+    intake.admit(hostile.ADMITTED[name], "realtime", 1)
+
+
+def test_refusals_never_quote_what_was_read(intake):
+    secret = "S3CRET"
+    for request in (
+        chat(tenant={"secret": secret}),
+        chat(url=f"{secret}' - at `$.{secret}`"),
+        chat({"messages": [{"role": f"{secret}` - at `$.x", "content": secret}]}),
+        chat({f"{secret} with spaces": 1}),
+        chat({"user": secret + "\n"}),
+        chat(max_cost=secret),
+    ):
+        assert secret not in refusal(intake, request).message
+
+
+def outcome(intake: Intake, one) -> str:
+    try:
+        admitted = intake.admit(one, "realtime", 1)
+    except Refused as refused:
+        return refused.code
+    request = admitted.request
+    assert 0 < len(request.prompt) + request.sampling.tokens_max <= CONTEXT
+    assert all(0 <= token < VOCAB for token in (*request.prompt, *request.sampling.stop_token_ids))
+    assert 1 <= request.sampling.num_choices <= 16
+    assert 0 < admitted.tokens_reserved <= 1024
+    return "ADMITTED"
+
+
+def test_four_thousand_damaged_requests_end_in_one_of_the_two_ways(intake):
+    slowest = 0.0
+    outcomes: Counter[str] = Counter()
+    for one in hostile.fuzz(seed=20, count=4000):
+        start = time.perf_counter()
+        outcomes[outcome(intake, one)] += 1
+        slowest = max(slowest, time.perf_counter() - start)
+    assert slowest < SLOWEST_S
+    # The generator reaches both ends: neither all noise nor all valid.
+    assert outcomes["ADMITTED"] > 200
+    assert outcomes[ErrorCode.INVALID_REQUEST] > 1000
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(name=st.sampled_from(hostile.FIELDS), value=json_values, inside=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_value_in_any_field_ends_in_one_of_the_two_ways(intake, name, value, inside):
+    request = chat({name: value}) if inside else chat(**{name: value} if name != "body" else {"tenant": value})
+    outcome(intake, record(line(request)))
+
+
+@given(value=st.binary(max_size=200), header=st.binary(max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_end_in_one_of_the_two_ways(intake, value, header):
+    outcome(intake, record(value, (("content-type", header), ("traceparent", header))))
