@@ -51,7 +51,7 @@ bench: $(STAMP) ## Measure the worker's overhead: the engine alone against the w
 	@$(BIN)/python benchmarks/overhead.py
 
 compose-test: $(STAMP) ## Run compose.yaml for real and kill its parts; says so loudly if no Docker engine answers
-	@$(BIN)/python tests/compose/run.py
+	@$(BIN)/python -m tests.compose.run
 
 # These four move together and on purpose: torch and triton as on our GPU machines, numpy and setuptools as those two allow.
 # nvidia-* and cuda-* stay out: they differ with each torch, and a CPU-only torch has none.
