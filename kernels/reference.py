@@ -139,16 +139,9 @@ def _sample_row(logits: Tensor, row: SamplingRow) -> int:
     mass = mass[(mass_before < row.top_p * mass.sum()) | (mass_before == 0)]  # the likeliest one always stays
     mass = mass[mass >= row.min_p]
     cumulative = mass.cumsum(0)
-    return int(ids[first_beyond(cumulative, row.uniform * cumulative[-1])])
-
-
-def first_beyond(cumulative: Tensor, target: Tensor | float) -> int:
-    """The first place whose cumulative mass exceeds `target`, which is at most all of it.
-
-    Never a place of no mass and never past the end, even where rounding made `target` all of the mass.
-    """
-    beyond = (cumulative <= target).sum()
-    return int(torch.minimum(beyond, (cumulative < cumulative[-1]).sum()))
+    beyond = (cumulative <= row.uniform * cumulative[-1]).sum()
+    last = (cumulative < cumulative[-1]).sum()  # where rounding made the target all of the mass
+    return int(ids[torch.minimum(beyond, last)])
 
 
 def logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -122,7 +122,9 @@ class Cache:
         self, sequences: Sequence[tuple[int, int]], num_groups: int, head_size: int, dtype: torch.dtype
     ) -> None:
         num_blocks = [math.ceil(length / self.block_size) for _, length in sequences]
-        places = (torch.randperm(sum(num_blocks)) + 1).split(num_blocks)  # block 0 pads the tables and is never used
+        places = torch.split(
+            torch.randperm(sum(num_blocks)) + 1, num_blocks
+        )  # block 0 pads the tables and is never used
         shape = (sum(num_blocks) + 1, self.block_size, num_groups, head_size)
         self.key_cache, self.value_cache = (torch.full(shape, math.nan, dtype=dtype) for _ in range(2))
         self.keys = [torch.randn(length, num_groups, head_size).to(dtype) for _, length in sequences]
@@ -166,13 +168,19 @@ def test_the_definition_of_attention_is_causal_softmax_attention(sequences: list
     whole = [torch.randn(length, 9, 16) for _, length in sequences]
     query = torch.cat([q[length - queries :] for q, (queries, length) in zip(whole, sequences, strict=True)])
     expected = [
-        functional.scaled_dot_product_attention(
-            *(x.transpose(0, 1) for x in (q, key, value)), is_causal=True, scale=0.3, enable_gqa=True
-        ).transpose(0, 1)[len(q) - queries :]
+        dense_attention(q, key, value)[len(q) - queries :]
         for q, key, value, (queries, _) in zip(whole, cache.keys, cache.values, sequences, strict=True)
     ]
     actual = reference.attention(query, cache.key_cache, cache.value_cache, cache.batch, 0.3)
     assert_close(actual, torch.cat(expected), TOLERANCE[torch.float32])
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A whole sequence at once by torch: query (length, H, D), key and value (length, G, D)."""
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+    ).transpose(0, 1)
 
 
 def test_attention_over_no_sequences_is_empty(any_ops: Ops) -> None:
@@ -285,7 +293,7 @@ GREEDY = replace(PLAIN, temperature=0.0)
 
 
 def distribution(logits: Tensor, settings: SamplingRow) -> list[tuple[int, float]]:
-    """The tokens that may be drawn with their probabilities, likeliest first: the definition once more, in plain Python."""
+    """The tokens that may be drawn and their probabilities, likeliest first: the definition again, in plain Python."""
     ids = sorted(set(range(len(logits))) - set(settings.banned), key=lambda i: (-logits[i].item(), i))
     ids = ids[: settings.top_k or None]
     mass = [math.exp((logits[i].item() - logits[ids[0]].item()) / settings.temperature) for i in ids]
@@ -325,7 +333,7 @@ def test_each_token_is_drawn_by_the_uniforms_of_its_own_interval(
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_drawn_tokens_follow_their_distribution(any_ops: Ops, settings: SamplingRow) -> None:
-    num_draws = 2000
+    num_draws = 1000
     logits = torch.randn(40) * 2
     rows = [replace(settings, uniform=u) for u in torch.rand(num_draws, dtype=torch.float64).tolist()]
     counts = torch.bincount(any_ops.sample(logits.expand(num_draws, -1), rows), minlength=40)
