@@ -32,9 +32,9 @@ class Core:
         check_request(request, self.capacity)
         self._scheduler.submit(request)
 
-    def cancel(self, request_id: int) -> None:
+    def cancel(self, request_id: int, choice: int | None = None) -> None:
         """The next step tells that the request's choices have stopped; one that is not known is passed over."""
-        self._scheduler.cancel(request_id)
+        self._scheduler.cancel(request_id, choice)
 
     @property
     def has_work(self) -> bool:

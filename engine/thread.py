@@ -63,7 +63,7 @@ class EngineThread:
         check_request(request, self.capacity)
         self._inbox.put(request)
 
-    def cancel(self, request_id: int) -> None:
+    def cancel(self, request_id: int, choice: int | None = None) -> None:
         """The wish is in the inbox; choices still running then will finish as stopped."""
         self._inbox.put(Cancel(request_id))
 
@@ -105,6 +105,6 @@ class EngineThread:
             case Request():
                 self._core.submit(command)
             case Cancel(request_id):
-                self._core.cancel(request_id)
+                self._core.cancel(request_id, choice)
             case Stop():
                 self._is_stopping = True

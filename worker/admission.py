@@ -1,16 +1,19 @@
 """Which topics may be polled now: realtime before batch, and batch never forgotten.
 
-Owns the two rules of intake. Room: the engine's cache bounds how many tokens may be taken on; a full worker polls nothing
-and leaves the backlog to others, and the last part of the room is kept for realtime. Lanes: batch is polled when realtime
-has nothing waiting; and when batch has been shut out for `ageing_s`, it is given one small poll of its own, so that it
-moves however busy realtime is.
+Owns the two rules of intake. Room: the engine's cache bounds how many tokens may be taken on; a full worker polls
+nothing and leaves the backlog to others, and the last part of the room is kept for realtime. Lanes: batch is polled
+when realtime has nothing waiting; and when batch has been shut out for `ageing_s`, it is given one small poll of its
+own, so that it moves however busy realtime is.
 
 Pure: time comes in as an argument.
 """
 
 from dataclasses import dataclass
 
-REALTIME, BATCH = "realtime", "batch"
+from schemas.requests import Tier
+
+REALTIME: Tier = "realtime"
+BATCH: Tier = "batch"
 
 POLL_RECORDS_MAX = 64  # records of one poll: bounds how far intake can overshoot its room
 AGED_RECORDS_MAX = 4  # of an aged poll: a sixteenth of a poll, so that realtime hardly notices
@@ -21,7 +24,7 @@ REALTIME_SHARE = 4  # one part in four of the room is out of batch's reach: a bu
 class Poll:
     """What to ask the broker for."""
 
-    tiers: frozenset[str]
+    tiers: frozenset[Tier]
     num_max: int
 
 

@@ -20,7 +20,14 @@ class RequestError(TokenmillError):
 
 
 class Fenced(TokenmillError):
-    """The group has moved on: what was not committed belongs to another worker now."""
+    """The group has moved on: what was not committed belongs to another worker now.
+
+    `outcome_known` False: our last commit may have been among what the other has found.
+    """
+
+    def __init__(self, message: str, *, outcome_known: bool = True) -> None:
+        super().__init__(message)
+        self.outcome_known = outcome_known
 
 
 class OutcomeUnknown(TokenmillError):

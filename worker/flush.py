@@ -5,7 +5,8 @@ open, so a worker that dies leaves one open for milliseconds at most.
 
 And what a failed one means: after any failure the producer is dropped and a new one opened in its place, which ends
 whatever was open. From then on the committed positions do not move under our feet, and they tell what happened: those
-that we wanted (it was committed), those from before (it was not: do it again), or neither (another worker has taken over).
+that we wanted (it was committed), those from before (it was not: do it again), or neither (another worker has taken
+over).
 Nothing is ever retried inside a transaction whose end is unknown.
 """
 
@@ -21,38 +22,42 @@ ATTEMPTS_MAX = 5
 
 
 async def flush(
-    broker: Broker, bursts: Mapping[Place, Burst], notes: Sequence[Outgoing], membership: Membership
+    broker: Broker, bursts: Mapping[Place, Burst], notes: Sequence[Outgoing], membership: Membership | None
 ) -> int:
     """Afterwards all outcomes and notes are committed together with the positions. Returns how many attempts it took.
 
-    Notes are records that belong to no partition and that may safely be sent twice (meter readings).
+    Notes are records that belong to no partition and that may safely be sent twice (meter readings); they alone need no
+    membership.
 
-    Raises Fenced if the partitions have another owner: nothing was committed. Raises Unavailable when no attempt
-    succeeded.
+    Raises Fenced if the partitions have another owner; unless it says otherwise, nothing was committed. Raises
+    Unavailable when no attempt succeeded.
     """
     wanted = {place: burst.position for place, burst in bursts.items()}
     before = {place: burst.before for place, burst in bursts.items()}
     for attempt in range(1, ATTEMPTS_MAX + 1):
         try:
             await _transact(broker, bursts, notes, membership)
-            return attempt
         except (OutcomeUnknown, Fenced) as error:
             await broker.renew()
             recorded = dict(await broker.positions(wanted)) if wanted else {}
             if wanted and recorded == wanted:
                 return attempt
-            if isinstance(error, Fenced) or recorded != before:
-                raise Fenced("the group has given these partitions to another worker") from error
+            if isinstance(error, Fenced):
+                raise
+            if recorded != before:
+                raise Fenced("the group has given these partitions to another worker", outcome_known=False) from error
+        else:
+            return attempt
     raise Unavailable(f"no transaction could be committed in {ATTEMPTS_MAX} attempts; are the brokers healthy?")
 
 
 async def _transact(
-    broker: Broker, bursts: Mapping[Place, Burst], notes: Sequence[Outgoing], membership: Membership
+    broker: Broker, bursts: Mapping[Place, Burst], notes: Sequence[Outgoing], membership: Membership | None
 ) -> None:
     records = [record for burst in bursts.values() for outcome in burst.outcomes for record in outcome.records]
     await broker.begin()
     sent = [await broker.send(record) for record in (*records, *notes)]
-    await gather(*sent)  # before the positions: a rejected record must stop the commit, and some brokers want this order
-    if bursts:
+    await gather(*sent)  # before the positions: a rejected record stops the commit, and some brokers want this order
+    if membership and bursts:
         await broker.send_positions({place: burst.position for place, burst in bursts.items()}, membership)
     await broker.commit()

@@ -12,11 +12,11 @@ import base64
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from worker.brokers.base import METADATA_CHARS_MAX, Position
+from worker.brokers.base import Position
 
-# With at most 1,024 unfinished offsets there are at most 2,049 runs. A run is one byte long unless it spans 128 offsets,
-# and a window of 16,384 holds 128 of those; one jump past the window may cost 9 bytes more. So 2,186 bytes at the most,
-# 2,917 characters: a commit can never overflow.
+# METADATA_CHARS_MAX (worker/brokers/base.py) bounds both. With at most 1,024 unfinished offsets there are at most 2,049
+# runs. A run is one byte long unless it spans 128 offsets, and a window of 16,384 holds 128 of those; one jump past the
+# window may cost 9 bytes more. So 2,186 bytes at the most, 2,917 characters: a commit can never overflow.
 UNFINISHED_MAX = 1024
 WINDOW_MAX = 16_384
 
@@ -27,8 +27,10 @@ class OffsetLedger:
     """The offsets of one partition, from the moment it is assigned until it is revoked."""
 
     def __init__(self, committed: Position) -> None:
-        """Takes up where the committed position says that the last owner stood. Raises ValueError for metadata that this
-        project did not write."""
+        """Takes up where the committed position says that the last owner stood.
+
+        Raises ValueError for metadata that this project did not write.
+        """
         unfinished, self._next = unpack(committed)
         self._unfinished = set(unfinished)
         self._awaited = deque(unfinished)  # unfinished by the last owner, not seen by us yet
@@ -73,8 +75,10 @@ class OffsetLedger:
 
     @property
     def is_full(self) -> bool:
-        """No further offset may be begun until the lowest unfinished one is finished. What the last owner left is
-        always welcome: it is in the metadata already."""
+        """No further offset may be begun until the lowest unfinished one is finished.
+
+        What the last owner left unfinished is always welcome: it is in the metadata already.
+        """
         if self._awaited:
             return False
         window = self._next - min(self._unfinished, default=self._next)
@@ -82,8 +86,11 @@ class OffsetLedger:
 
 
 def pack(first: int, unfinished: Iterable[int], highest_finished: int) -> str:
-    """The metadata that goes with a position at `first`: lengths of alternating runs of unfinished and finished offsets,
-    from `first` to `highest_finished`, as LEB128 varints in base64. Empty when nothing above `first` is finished."""
+    """The metadata that goes with a position at `first`.
+
+    Lengths of alternating runs of unfinished and finished offsets, from `first` to `highest_finished`, as LEB128
+    varints in base64. Empty when nothing above `first` is finished.
+    """
     if highest_finished < first:
         return ""
     runs = b"".join(_varint(length) for length in _runs(first, unfinished, highest_finished))

@@ -7,8 +7,11 @@ messages) and never counts money: the bill is an argument.
 import time
 from collections.abc import Callable
 
+from msgspec import structs
+
 from engine.types import Finished, Token
 from engine.types import FinishReason as EngineReason
+from engine.types import Usage as EngineUsage
 from schemas.codec import encode, place_id
 from schemas.requests import Chat
 from schemas.results import (
@@ -67,13 +70,20 @@ class Answer:
         """Whether every choice is over."""
         return all(choice.finished for choice in self._choices)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first token is there."""
+        return self._first_token_s is not None
+
     def is_stopped(self, choice: int) -> bool:
         """Whether the choice's text has met a stop string: the engine need not go on with it."""
         return self._choices[choice].stream.stopped
 
-    def num_kept(self, choice: int) -> int:
-        """The choice's tokens up to its stop string: those that are owed. The engine may have made more."""
-        return self._choices[choice].stream.num_tokens
+    @property
+    def owed(self) -> list[EngineUsage]:
+        """What each choice is billed for: the tokens up to its stop string. The engine may have made more."""
+        ends = [(choice.finished, choice.stream.num_tokens) for choice in self._choices]
+        return [structs.replace(end.usage, num_output=num_kept) for end, num_kept in ends if end]
 
     def finish_reason(self, choice: int) -> FinishReason | None:
         """Why the choice ended; None while it goes on, or if it failed."""
@@ -95,7 +105,7 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        """Counts over all choices. Cached are the prompt's tokens that no choice had to compute."""
+        """Counts over all choices. The prompt, as it is owed, is choice 0's: computed by it, or found in the cache."""
         ends = [choice.finished.usage for choice in self._choices if choice.finished]
         prompt = len(self.admitted.request.prompt)
         output = sum(choice.stream.num_tokens for choice in self._choices)
@@ -104,7 +114,7 @@ class Answer:
             prompt_tokens=prompt,
             completion_tokens=output,
             total_tokens=prompt + output,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=min((end.num_cached for end in ends), default=0)),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=ends[0].num_cached if ends else 0),
             completion_tokens_details=CompletionTokensDetails(
                 accepted_prediction_tokens=accepted,
                 rejected_prediction_tokens=sum(end.num_drafted for end in ends) - accepted,

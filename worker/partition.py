@@ -1,8 +1,8 @@
 """One assigned partition: its offsets and its outbox.
 
 A `Partition` lives exactly as long as we may answer for it. Holding it is owning it: what a former owner still has in
-flight refers to an object that nobody flushes any more, so it can do no harm, and nothing has to be looked up by a number
-that may have been given to somebody else.
+flight refers to an object that nobody flushes any more, so it can do no harm, and nothing has to be looked up by a
+number that may have been given to somebody else.
 
 Pure: no clock, no broker, no engine.
 """

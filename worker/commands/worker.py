@@ -36,7 +36,7 @@ async def worker(*, settings: Annotated[Settings, Parameter(name="*")] = Setting
     """
     model_folder(settings.model)  # before the imports below, which take seconds
     with _own_name(settings.worker) as name:
-        from worker.service import run
+        from worker.start import run
 
         return await run(replace(settings, worker=name))
 

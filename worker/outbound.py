@@ -1,0 +1,90 @@
+"""What the worker says: the records of an answer with its bill, of a refusal, of a chunk and of a meter reading.
+
+Owns the composition, and nothing that it composes: messages are `outcome.py`'s, money is `cost.py`'s, topics and
+headers are `envelope.py`'s. Pure but for the clock in the headers; the service sends what comes out of here.
+"""
+
+from collections.abc import Sequence
+
+from schemas.cost import CostEvent, MeterReading
+from schemas.results import Chunk, Completion
+from worker.brokers.base import Outgoing, Record
+from worker.cost import Account, Attribution, Granularity, bill, cost_events
+from worker.envelope import DEAD_LETTERED, Envelope
+from worker.errors import RequestError
+from worker.intake import Admitted, Refused
+from worker.outcome import Answer, failure
+from worker.price_book import PriceBook
+from worker.text import Tokenizer
+
+
+class Outbound:
+    """Makes all records that one worker sends in its life."""
+
+    def __init__(
+        self,
+        *,
+        envelope: Envelope,
+        tokenizer: Tokenizer,
+        prices: PriceBook,
+        granularity: Granularity,
+        worker: str,
+        life: str,
+    ) -> None:
+        self._envelope = envelope
+        self._tokenizer = tokenizer
+        self._prices = prices
+        self._granularity: Granularity = granularity
+        self._worker = worker
+        self._life = life
+
+    def answer(self, admitted: Admitted) -> Answer:
+        """An answer to gather the engine's events in."""
+        return Answer(admitted, self._tokenizer, self._worker)
+
+    def refusal(self, record: Record, error: Refused) -> Sequence[Outgoing]:
+        """The failure of a record that never became a request."""
+        completion = failure(record, error, self._worker)
+        return [self._envelope.completion(completion, record), *self._dead_letter(record, error)]
+
+    def records(self, answer: Answer, account: Account, error: RequestError | None = None) -> Sequence[Outgoing]:
+        """The completion, its cost events, and a dead letter where somebody must look.
+
+        `error`: the request is given up for this reason, whatever has come of it.
+        """
+        fault = error or answer.fault
+        events = self._bill(answer, account, is_owed=fault is None)
+        amount = bill(events, self._prices)
+        completion: Completion = answer.give_up(fault, amount) if fault else answer.completion(amount)
+        record = answer.admitted.record
+        return [
+            self._envelope.completion(completion, record),
+            *(self._envelope.cost(event, record) for event in events),
+            *(self._dead_letter(record, fault) if fault else ()),
+        ]
+
+    def chunk(self, chunk: Chunk, record: Record) -> Outgoing:
+        """A preview."""
+        return self._envelope.chunk(chunk, record)
+
+    def meter(self, reading: MeterReading) -> Outgoing:
+        """A reading of the meter."""
+        return self._envelope.meter(reading)
+
+    def _bill(self, answer: Answer, account: Account, *, is_owed: bool) -> list[CostEvent]:
+        admitted = answer.admitted
+        attribution = Attribution(
+            request_id=answer.id,
+            custom_id=admitted.generate.custom_id,
+            tenant=admitted.generate.tenant,
+            model=admitted.generate.body.model,
+            tier=admitted.tier,
+            worker=self._worker,
+            life=self._life,
+            input=admitted.input,
+        )
+        usages = answer.owed if is_owed else ()
+        return cost_events(account, usages, self._prices, attribution, self._granularity)
+
+    def _dead_letter(self, record: Record, error: RequestError) -> Sequence[Outgoing]:
+        return [self._envelope.dead_letter(record, error)] if error.code in DEAD_LETTERED else []

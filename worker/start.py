@@ -1,0 +1,150 @@
+"""One worker's life: load the model, join the group, serve, leave.
+
+Owns how the pieces are put together, and nothing that happens between them: that is `service.py`. The only file of the
+worker that knows which engine and which broker it runs on.
+"""
+
+import asyncio
+import time
+import uuid
+from pathlib import Path
+
+from engine.build import build
+from engine.config import EngineConfig
+from engine.core import Core
+from engine.errors import EngineMisconfigured, ModelError
+from engine.thread import EngineThread
+from engine.types import StepResult
+from schemas.cost import picodollars
+from schemas.requests import Tier
+from worker.admission import BATCH, REALTIME, Admission
+from worker.brokers.kafka import KafkaBroker
+from worker.brokers.kafka_settings import KafkaSettings
+from worker.config import Engine, Settings, model_folder
+from worker.cost import Meter
+from worker.drain import Drain
+from worker.envelope import Envelope
+from worker.errors import Misconfigured
+from worker.exporters import open_exporters
+from worker.health import Vitals, serve_health
+from worker.intake import Intake
+from worker.logs import configure_logs
+from worker.outbound import Outbound
+from worker.price_book import DEFAULT_BOOK, load_price_book
+from worker.service import Service
+from worker.telemetry import Telemetry
+from worker.text import Tokenizer, load_tokenizer
+
+# Taken on at once, as a multiple of the cache: what runs, and as much again to go on with when sequences end before
+# their limit. More would only keep work from other workers.
+INTAKE_CACHES = 2
+
+
+async def run(settings: Settings, client: KafkaSettings | None = None) -> int:
+    """Serves until told to leave; returns the exit code. `client` replaces what the settings say of the brokers."""
+    born_ns = time.monotonic_ns()
+    configure_logs(settings.log.level, settings.log.format)
+    drain = Drain(settings.drain_s)
+    drain.listen()
+    probe = _Probe()
+    with open_exporters(settings.worker) as exporters:
+        telemetry = Telemetry(exporters.meters, exporters.tracers, worker=settings.worker, group=settings.group)
+        telemetry.starting(model=settings.model, brokers=settings.kafka.brokers)
+        health = settings.health
+        async with serve_health(probe, exporters.exposition, host=health.host, port=health.port) as port:
+            folder = model_folder(settings.model)
+            tokenizer = load_tokenizer(folder)
+            core = await asyncio.to_thread(_build, settings.engine, folder)
+            steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
+            engine = _engine(core, steps)
+            client = client or settings.kafka.client(worker=settings.worker, group=settings.group)
+            service = _service(settings, KafkaBroker(client), engine, steps, tokenizer, telemetry, drain, born_ns)
+            engine.start()
+            probe.service = service
+            telemetry.ready(health_port=port, cache_tokens=core.capacity.cache_tokens)
+            await service.run()
+        telemetry.stopped(0)
+    return 0
+
+
+class _Probe:
+    """What the health endpoints look at: nothing yet while the model loads, the service from then on."""
+
+    service: Service | None = None
+
+    def vitals(self) -> Vitals:
+        if self.service:
+            return self.service.vitals()
+        return Vitals(engine_silence_s=None, broker_silence_s=None, is_assigned=False, is_draining=False)
+
+
+def _build(settings: Engine, folder: Path) -> Core:
+    try:
+        return build(
+            EngineConfig(
+                device=settings.device,
+                weights=settings.weights,
+                threads=settings.threads,
+                block_size=settings.block_size,
+                cache_tokens=settings.cache_tokens,
+                tokens_per_step_max=settings.tokens_per_step_max,
+                sequences_max=settings.sequences_max,
+                drafts_max=settings.drafts_max,
+            ),
+            folder,
+        )
+    except (ModelError, EngineMisconfigured) as error:
+        raise Misconfigured(str(error)) from error
+
+
+def _engine(core: Core, steps: "asyncio.Queue[StepResult | BaseException]") -> EngineThread:
+    """The engine on its thread, with `steps` on this event loop's side of it."""
+    loop = asyncio.get_running_loop()
+
+    def hand_over(result: StepResult | BaseException) -> None:
+        loop.call_soon_threadsafe(steps.put_nowait, result)
+
+    return EngineThread(core, hand_over, hand_over)
+
+
+def _service(
+    settings: Settings,
+    broker: KafkaBroker,
+    engine: EngineThread,
+    steps: "asyncio.Queue[StepResult | BaseException]",
+    tokenizer: Tokenizer,
+    telemetry: Telemetry,
+    drain: Drain,
+    born_ns: int,
+) -> Service:
+    prices = load_price_book(settings.bill.price_book or DEFAULT_BOOK)
+    worker, life = settings.worker, uuid.uuid4().hex
+    meter = Meter(worker=worker, life=life, rate=picodollars(settings.bill.device_rate))
+    meter.idle(time.monotonic_ns() - born_ns, "loading")
+    tiers: dict[str, Tier] = {settings.topics.requests: REALTIME, settings.topics.batch: BATCH}
+    return Service(
+        broker=broker,
+        engine=engine,
+        steps=steps,
+        intake=Intake(
+            models=[model_folder(settings.model).name],
+            tokenizer=tokenizer,
+            capacity=engine.capacity,
+            limits=settings.limits,
+            price_ceiling=prices.ceiling,
+        ),
+        outbound=Outbound(
+            envelope=Envelope(settings.topics, settings.group, worker),
+            tokenizer=tokenizer,
+            prices=prices,
+            granularity=settings.bill.events,
+            worker=worker,
+            life=life,
+        ),
+        admission=Admission(INTAKE_CACHES * engine.capacity.cache_tokens, settings.ageing_s),
+        meter=meter,
+        telemetry=telemetry,
+        drain=drain,
+        tiers=tiers,
+        flush_interval_s=settings.flush_interval_ms / 1000,
+    )
