@@ -75,15 +75,15 @@ class Scheduler:
         if any(sequence.request.id == request.id for sequence in self.sequences):
             raise RequestRefused(f"request {request.id} is still running; ids may be used again once all choices finished")
         self._num_submitted += 1
-        # Ageing in arrivals, not seconds: at most `ageing` later requests go first for each step of priority, so that
+        # Ageing in arrivals, not seconds: for each step of priority at most `ageing` later requests go first, so that
         # nothing starves, and the order is the same at every run.
-        urgency = self._num_submitted + request.priority * self._config.ageing
+        turn = self._num_submitted + request.priority * self._config.ageing
         leader: Sequence | None = None
         for choice in range(request.sampling.num_choices):
             sequence = Sequence(
                 request=request,
                 choice=choice,
-                rank=(urgency, self._num_submitted, choice),
+                rank=(turn, request.priority, choice),
                 length_max=min(len(request.prompt) + request.sampling.tokens_max, self._context_max),
                 drafting=Drafting(self._config.drafts_max, self._config.draft_cost),
                 leader=leader,
@@ -91,11 +91,11 @@ class Scheduler:
             leader = leader or sequence
             insort(self._waiting, sequence, key=_rank)
 
-    def cancel(self, request_id: int) -> None:
+    def cancel(self, request_id: int, choice: int | None = None) -> None:
         """No choice of the request runs on; each that did finishes as stopped. An unknown id is none of our business:
         the request may have finished while the caller made up its mind."""
         for sequence in self.sequences:
-            if sequence.request.id == request_id:
+            if sequence.request.id == request_id and choice in (None, sequence.choice):
                 self._finish(sequence, FinishReason.STOP)
 
     def plan(self) -> Plan:

@@ -20,9 +20,10 @@ IDLE_REPORT_S = 1.0  # an idle engine reports that often, so that the meter move
 
 @dataclass(frozen=True)
 class Cancel:
-    """The caller wants no more of this request."""
+    """The caller wants no more of this request, or of this choice of it."""
 
     request_id: int
+    choice: int | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class EngineThread:
 
     def cancel(self, request_id: int, choice: int | None = None) -> None:
         """The wish is in the inbox; choices still running then will finish as stopped."""
-        self._inbox.put(Cancel(request_id))
+        self._inbox.put(Cancel(request_id, choice))
 
     def stats(self) -> EngineStats:
         """As of the last step."""
@@ -104,7 +105,7 @@ class EngineThread:
         match command:
             case Request():
                 self._core.submit(command)
-            case Cancel(request_id):
+            case Cancel(request_id, choice):
                 self._core.cancel(request_id, choice)
             case Stop():
                 self._is_stopping = True
