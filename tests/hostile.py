@@ -227,10 +227,12 @@ def fuzz(seed: int, count: int) -> Iterator[Record]:
     valid = [record.value for record in ADMITTED.values() if record.value]
     for offset in range(count):
         change = dice.choice((_noise, _flip, _cut, _splice, _field, _field, _field, _twist))
-        yield record(change(dice, dice.choice(valid)), _headers(dice), dice.choice((b"key", b"", None)), offset)
+        value: bytes = change(dice, dice.choice(valid))
+        named = MSGPACK if value[:1] == b"\x83" and dice.random() < 0.8 else ()  # mostly what it begins like
+        yield record(value, (*_headers(dice), *named), dice.choice((b"key", b"", None)), offset)
 
 
-def _noise(dice: random.Random, _: bytes) -> bytes:
+def _noise(dice: random.Random, _valid: bytes) -> bytes:
     return dice.randbytes(dice.randrange(200))
 
 
@@ -254,87 +256,31 @@ def _splice(dice: random.Random, value: bytes) -> bytes:
     return value[:at] + piece * dice.choice((1, 1, 2, 1000)) + value[at:]
 
 
-FIELDS = (
-    "model",
-    "messages",
-    "prompt",
-    "max_tokens",
-    "min_tokens",
-    "n",
-    "seed",
-    "stop",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "stop_token_ids",
-    "logprobs",
-    "top_logprobs",
-    "stream",
-    "stream_options",
-    "metadata",
-    "user",
-    "body",
-    "custom_id",
-    "tenant",
-    "tier",
-    "deadline",
-    "max_cost",
-    "url",
-    "method",
-    "ignore_eos",
+BODY_FIELDS = (
+    "model", "messages", "prompt", "max_tokens", "min_tokens", "n", "seed", "stop", "temperature", "top_p", "top_k",
+    "min_p", "stop_token_ids", "logprobs", "top_logprobs", "stream", "stream_options", "metadata", "user", "ignore_eos",
     "unheard_of",
-)
+)  # fmt: skip
+OUTER_FIELDS = ("custom_id", "tenant", "tier", "deadline", "max_cost", "url", "method", "body")
 
 
-def _field(dice: random.Random, _: bytes) -> bytes:
-    """A request with some of its fields' values exchanged for odd ones, one level up or down from where they belong."""
+def _field(dice: random.Random, _valid: bytes) -> bytes:
+    """A request with some of its fields' values exchanged for odd ones, now and then where they do not belong."""
     request = dice.choice((chat, text))()
     for _ in range(dice.choice((1, 1, 1, 2, 3))):
-        into = dice.choice((request, request["body"])) if isinstance(request["body"], dict) else request
-        into[dice.choice(FIELDS)] = _odd(dice)
+        name = dice.choice(BODY_FIELDS + OUTER_FIELDS)
+        inside = isinstance(request["body"], dict) and (name in BODY_FIELDS) == (dice.random() < 0.9)
+        (request["body"] if inside else request)[name] = _odd(dice)
     encoded = dice.choice((msgspec.json.encode, packed))
     return encoded(request)
 
 
 def _odd(dice: random.Random, depth: int = 0) -> Any:
     plain: tuple[Any, ...] = (
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1,
-        7,
-        2**31,
-        2**63 - 1,
-        -(2**63),
-        2**64 - 1,
-        1.5,
-        -0.0,
-        1e308,
-        5e-324,
-        "",
-        "a",
-        "\0",
-        "\u202e\ufeff",
-        "😀" * 50,
-        "a" * 10_000,
-        "1.00",
-        "1.00\n",
-        "realtime",
-        MODEL,
-        b"bytes",
-        [],
-        {},
-        [1, 2, 3],
-        ["a"],
-        [{"role": "user", "content": "hi"}],
-        {"role": "user"},
-        {"include_usage": True},
-        [[[]]],
-        [0] * 2_000,
-    )
+        None, True, False, 0, -1, 1, 7, 2**31, 2**63 - 1, -(2**63), 2**64 - 1, 1.5, -0.0, 1e308, 5e-324, "", "a", "\0",
+        "\u202e\ufeff", "😀" * 50, "a" * 10_000, "1.00", "1.00\n", "realtime", MODEL, b"bytes", [], {}, [1, 2, 3],
+        ["a"], [{"role": "user", "content": "hi"}], {"role": "user"}, {"include_usage": True}, [[[]]], [0] * 2_000,
+    )  # fmt: skip
     if depth < 3 and dice.random() < 0.2:
         return [_odd(dice, depth + 1)] if dice.random() < 0.5 else {"a": _odd(dice, depth + 1)}
     return dice.choice(plain)

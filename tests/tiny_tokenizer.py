@@ -17,7 +17,7 @@ TEMPLATE = """{% for message in messages %}
 _TEXT = ["the quick brown fox jumps over the lazy dog", "hello world, how are you?", "über naïve 日本語 emoji 😀 stop"]
 
 
-def save_byte_level(folder: Path, template: str | None = TEMPLATE) -> Path:
+def save_byte_level(folder: Path, template: object = TEMPLATE) -> Path:
     """GPT-2's kind: every byte has a printable stand-in. Tokens 0 and 1 are <|start|> and <|end|>, the end token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

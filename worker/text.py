@@ -60,6 +60,8 @@ class Tokenizer:
         """
         if self._template is None:
             raise RequestError(ErrorCode.INVALID_REQUEST, "this model has no chat template: use /v1/completions")
+        if len(messages) > tokens_max:  # each has a token at least: no need to render thousands
+            raise RequestError(ErrorCode.CONTEXT_EXCEEDED, f"{len(messages)} messages cannot fit {tokens_max} tokens")
         return self._encode(self._template.render(messages), tokens_max, special=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
