@@ -66,7 +66,7 @@ class Security:
 
     def __post_init__(self) -> None:
         if self.authenticated and not (self.username and self.password_file):
-            raise ValueError(f"{self.protocol} needs security.username and security.password_file")
+            raise Misconfigured(f"{self.protocol} needs security.username and security.password_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,9 @@ class Kafka:
         for address in self.brokers.split(","):
             host, _, port = address.strip().rpartition(":")
             if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
-                raise ValueError(f"brokers: {address.strip()!r} is not host:port")
+                raise Misconfigured(f"brokers: {address.strip()!r} is not host:port")
             if not (self.security.encrypted or self.security.insecure or _is_local(host)):
-                raise ValueError(
+                raise Misconfigured(
                     f"brokers: {host} is on a network, and {self.security.protocol} is readable on the way: set "
                     "security.protocol to SASL_SSL or SSL, or security.insecure where the network itself is trusted"
                 )
@@ -115,7 +115,7 @@ class Topics:
     def __post_init__(self) -> None:
         # Kafka's own rule for topic names, with room for our longest suffix within its 249 characters.
         if not (0 < len(self.prefix) <= 200 and self.prefix.isascii() and self.prefix.replace(".", "_").isidentifier()):
-            raise ValueError(f"topics.prefix: {self.prefix!r} is not letters, digits, '.' and '_'")
+            raise Misconfigured(f"topics.prefix: {self.prefix!r} is not letters, digits, '.' and '_'")
 
     @property
     def requests(self) -> str:
@@ -214,9 +214,9 @@ class Bill:
         try:
             rate = picodollars(self.device_rate)
         except ValueError as error:
-            raise ValueError(f"bill.device_rate: {error}; write it as 1.25") from error
+            raise Misconfigured(f"bill.device_rate: {error}; write it as 1.25") from None
         if not 0 <= rate <= picodollars("10000"):  # the dearest machines on sale are near 100 dollars an hour
-            raise ValueError(f"bill.device_rate: {self.device_rate} is not between 0 and 10000 dollars an hour")
+            raise Misconfigured(f"bill.device_rate: {self.device_rate} is not between 0 and 10000 dollars an hour")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +265,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.limits.output_tokens_default > self.limits.output_tokens_max:
-            raise ValueError("limits.output_tokens_default is above limits.output_tokens_max")
+            raise Misconfigured("limits.output_tokens_default is above limits.output_tokens_max")
 
 
 class SettingsFile:
