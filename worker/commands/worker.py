@@ -17,7 +17,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from worker.config import Settings, model_folder
-from worker.errors import Misconfigured
+from worker.errors import Fatal, Misconfigured
 
 SLOTS_MAX = 1024  # workers on one host
 
