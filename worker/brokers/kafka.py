@@ -18,8 +18,9 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.brokers.base import Membership, Outgoing, Place, Position, RebalanceListener, Record
 from worker.brokers.kafka_client import record_of, require_topics
-from worker.brokers.kafka_eos import ExactlyOnceProducer, GroupMembership, StableConsumer, end_open_transactions
+from worker.brokers.kafka_eos import ExactlyOnceProducer, StableConsumer, end_open_transactions
 from worker.brokers.kafka_errors import of_client, of_producer
+from worker.brokers.kafka_sender import GroupMembership
 from worker.brokers.kafka_settings import KafkaSettings, milliseconds
 from worker.errors import Fenced, Misconfigured, TokenmillError
 

@@ -10,6 +10,17 @@ from aiokafka import errors
 from worker.brokers.kafka_settings import KafkaSettings
 from worker.errors import Fenced, Misconfigured, OutcomeUnknown, TokenmillError, Unavailable
 
+# Kafka's error codes, for the requests that aiokafka does not have.
+ILLEGAL_GENERATION, UNKNOWN_MEMBER_ID, REBALANCE_IN_PROGRESS, FENCED_INSTANCE_ID = 22, 25, 27, 82
+OFFSET_METADATA_TOO_LARGE, GROUP_AUTHORIZATION_FAILED = 12, 30
+UNKNOWN_TOPIC, NETWORK_EXCEPTION, LOAD_IN_PROGRESS, UNSTABLE_OFFSET_COMMIT = 3, 13, 14, 88
+REQUEST_TIMED_OUT, COORDINATOR_NOT_AVAILABLE, NOT_COORDINATOR = 7, 15, 16
+INVALID_PRODUCER_EPOCH, PRODUCER_FENCED, CONCURRENT_TRANSACTIONS = 47, 90, 51
+
+STALE = {ILLEGAL_GENERATION, UNKNOWN_MEMBER_ID, REBALANCE_IN_PROGRESS, FENCED_INSTANCE_ID}
+COORDINATOR_MOVED = {COORDINATOR_NOT_AVAILABLE, NOT_COORDINATOR, REQUEST_TIMED_OUT}
+TRY_AGAIN = {LOAD_IN_PROGRESS, UNKNOWN_TOPIC, NETWORK_EXCEPTION, UNSTABLE_OFFSET_COMMIT}
+
 
 class StaleGroupMember(errors.KafkaError):
     """The group has moved on from the generation or member that a transaction's positions came with."""
