@@ -75,9 +75,9 @@ def dollars(picodollars: int) -> str:
 
 def picodollars(amount: str) -> int:
     """The inverse of `dollars`; raises ValueError for anything finer than a picodollar or not a plain decimal."""
-    whole, _, rest = amount.removeprefix("-").partition(".")
+    whole, dot, rest = amount.removeprefix("-").partition(".")
     digits = whole + rest
-    if not (whole and digits.isascii() and digits.isdigit() and len(rest) <= 12):
+    if not (whole and bool(dot) == bool(rest) and digits.isascii() and digits.isdigit() and len(rest) <= 12):
         raise ValueError(f"not an amount of dollars: {amount[:40]!r}")
     value = int(whole) * PICODOLLARS + int(rest.ljust(12, "0"))
     return -value if amount.startswith("-") else value

@@ -6,6 +6,7 @@ messages) and never counts money: the bill is an argument.
 
 import time
 from collections.abc import Callable
+from functools import cached_property
 
 from msgspec import structs
 
@@ -89,7 +90,7 @@ class Answer:
         """Why the choice ended; None while it goes on, or if it failed."""
         return self._choices[choice].finish_reason
 
-    @property
+    @cached_property  # of an answer that does not change any more; it may be encoded to see how large it is
     def fault(self) -> RequestError | None:
         """Why the answer, now `done`, is a failure, which owes nothing; None if it is a completion."""
         for choice in self._choices:
