@@ -10,7 +10,7 @@ the callback raises, so a failure in there is kept and raised by the next `poll`
 import asyncio
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition, errors
@@ -38,31 +38,30 @@ class KafkaBroker:
     def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
         self._options = settings.client_options()
-        self._listener: _Rebalances | None = None
         self._next: dict[Place, int] = {}
         self._previews = _Previews(self._options)
+        self._open = AsyncExitStack()  # what `stop` closes, the last opened first
 
     async def start(self, topics: Sequence[str], listener: RebalanceListener) -> None:
         try:
             await require_topics(self._settings, topics)
             self._producer = await self._new_producer()
+            self._open.push_async_callback(lambda: _discard(self._producer))
             await self._end_open_transactions()
             self._consumer = self._new_consumer()
+            self._open.push_async_callback(self._consumer.stop)
             await self._consumer.start()
         except (errors.KafkaError, OSError) as error:
+            await self.stop()
             raise of_client(error, self._settings) from error
+        self._open.push_async_callback(self._previews.stop)
         self._listener = _Rebalances(self._consumer, listener, self._next.clear)
         self._consumer.subscribe(list(topics), listener=self._listener)
 
     async def stop(self) -> None:
-        if self._listener is None:  # never got that far
-            return
-        await self._previews.stop()
-        await self._consumer.stop()
-        await _discard(self._producer)
+        await self._open.aclose()
 
     async def poll(self, places: Collection[Place], num_max: int, timeout_s: float) -> list[Record]:
-        assert self._listener is not None, "start comes before poll"
         self._listener.raise_failure()
         self._pause_all_but(places if num_max > 0 else ())
         try:

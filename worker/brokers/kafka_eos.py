@@ -143,8 +143,8 @@ async def end_open_transactions(options: Mapping[str, Any], prefix: str, transac
     cannot tell for how long, nothing happens, and readers wait for the transaction's own timeout.
     """
     client = AIOKafkaClient(**options)
-    await client.bootstrap()
     try:
+        await client.bootstrap()
         listed = await _open_transactions(client)
     finally:
         await client.close()

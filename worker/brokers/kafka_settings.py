@@ -4,7 +4,7 @@ Read by everything in `brokers/kafka*.py`; knows nothing of where its fields com
 """
 
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class KafkaSettings:
     security_protocol: str = "PLAINTEXT"
     sasl_mechanism: str = "SCRAM-SHA-512"
     sasl_username: str | None = None
-    sasl_password: str | None = None
+    sasl_password: str | None = field(default=None, repr=False)
     ssl_cafile: Path | None = None  # None: the system's authorities
 
     transaction_version: int | None = None  # None: what the cluster has; 0 or 2 for tests of the two ways
@@ -104,7 +104,12 @@ class KafkaSettings:
         }
 
     def _ssl_context(self) -> ssl.SSLContext | None:
-        return ssl.create_default_context(cafile=self.ssl_cafile) if self.security_protocol.endswith("SSL") else None
+        if not self.security_protocol.endswith("SSL"):
+            return None
+        try:
+            return ssl.create_default_context(cafile=self.ssl_cafile)
+        except OSError as error:  # SSLError is one
+            raise Misconfigured(f"certificate authority file {self.ssl_cafile}: {error}") from error
 
 
 def milliseconds(seconds: float) -> int:
