@@ -31,7 +31,11 @@ class Rates(Struct, frozen=True, kw_only=True):
 
     def of(self, kind: CostKind) -> int:
         """The price of one token of this kind; zero for the kinds that nobody owes."""
-        return {"prompt": self.input, "prompt_cached": self.cached_input, "output": self.output}.get(kind, 0)
+        if kind == "output":
+            return self.output
+        if kind == "prompt":
+            return self.input
+        return self.cached_input if kind == "prompt_cached" else 0
 
 
 class PriceBook(Struct, frozen=True, kw_only=True):
