@@ -7,8 +7,8 @@ sequence's share becomes does not depend on the others in the batch.
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sequence import Share

@@ -6,9 +6,9 @@ Owns block numbers, never their contents: tensors are the runner's. A block is i
     held   by one or more sequences; several share it when their tokens up to its end are the same
     idle   held by nobody, but its prefix is known: it can be held again, or evicted, least recently used first
 
-A full block is known by a key: sha256 over its parent's key and its own tokens, the first parent being the tenant's salt.
-So a key names every token up to the block's end, and one tenant can neither hit nor time another's prefixes (the
-collisions and leaks of CVE-2025-25183 and CVE-2025-46570).
+A full block is known by a key: sha256 over its parent's key and its own tokens, the first parent being the salt. So a
+key names every token up to the block's end, and under different salts nobody can hit another's prefixes, nor tell by
+the time it takes that they are there (CVE-2025-25183, CVE-2025-46570).
 """
 
 from array import array
@@ -33,16 +33,18 @@ class BlockCache:
 
     @property
     def num_available(self) -> int:
+        """Blocks that could be had now: nobody holds them."""
         return len(self._free) + len(self._idle)
 
     @property
     def num_held(self) -> int:
+        """Blocks that sequences hold."""
         return self.num_blocks - self.num_available
 
     def claim(self, sequence: Sequence, spare: int) -> int | None:
-        """The sequence holds blocks for all its tokens; the first ones, as many tokens as are returned, hold them already.
+        """The sequence holds blocks for all its tokens; what it returns is how many of them are already in the cache.
 
-        None, and nothing has changed, when that would leave fewer than `spare` blocks available.
+        None, and nothing has changed, where that would leave fewer than `spare` blocks available.
         """
         prefix = self._find_prefix(sequence)
         num_new = self._blocks_for(len(sequence.tokens)) - len(prefix)
@@ -56,7 +58,7 @@ class BlockCache:
         return len(prefix) * self.block_size
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
-        """The sequence holds blocks for its first `num_tokens` tokens; False, and nothing has changed, if there are too few."""
+        """The sequence holds blocks for `num_tokens` tokens; False, and nothing has changed, if there are too few."""
         num_new = self._blocks_for(num_tokens) - len(sequence.blocks)
         if num_new > self.num_available:
             return False
@@ -99,11 +101,12 @@ class BlockCache:
             self._drop_key(block)
 
     def check(self, sequences: Iterable[Sequence]) -> None:
-        """Raise AssertionError unless the books agree with these sequences, the only holders. For tests; costs O(blocks)."""
+        """Raise AssertionError unless the books agree with `sequences`, the only holders. For tests: O(blocks)."""
         held = Counter(block for sequence in sequences for block in sequence.blocks)
         free, idle = set(self._free), set(self._idle)
         assert len(free) == len(self._free), "a block is free twice"
-        assert not free & idle and not (free | idle) & held.keys(), "a block is in two places"
+        assert not free & idle, "a block is in two places"
+        assert not (free | idle) & held.keys(), "a block is in two places"
         assert len(free) + len(idle) + len(held) == self.num_blocks, "a block is lost"
         assert all(self._holders[block] == held[block] for block in range(self.num_blocks)), "holders are miscounted"
         assert all(self._keys[block] == key for key, block in self._blocks.items()), "a key names the wrong block"

@@ -1,6 +1,6 @@
 """An engine from a checkpoint: backend, decoder, cache, scheduler and runner put together.
 
-Owns what the settings leave open: device, number format and the size of the cache follow from the machine and the model.
+Owns what the settings leave open: device, number format and the cache's size follow from the machine and the model.
 """
 
 import os
@@ -62,7 +62,7 @@ def _device(config: EngineConfig) -> torch.device:
         device = torch.device(config.device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch has no type of its own for a device that is not there
-        raise EngineMisconfigured(f"device {config.device!r} cannot be used: {error}; take cpu, cuda or auto") from error
+        raise EngineMisconfigured(f"device {config.device!r} is of no use: {error}; take cpu, cuda or auto") from error
     return device
 
 

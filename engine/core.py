@@ -20,7 +20,7 @@ class Core:
         self._runner = runner
 
     def step(self) -> StepResult:
-        """Everyone in the plan has caught up by their share; with nothing to do, the time since the last step was idle."""
+        """Every sequence in the plan has caught up by its share. With nothing to do, all that passes is idle time."""
         plan = self._scheduler.plan()
         accepted = self._runner.execute(plan)
         committed = self._scheduler.commit(plan, accepted)
@@ -33,11 +33,12 @@ class Core:
         self._scheduler.submit(request)
 
     def cancel(self, request_id: int, choice: int | None = None) -> None:
-        """The next step tells that the request's choices have stopped; one that is not known is passed over."""
+        """The next step tells that the request's choices, or the one named, have stopped; unknown ones are ignored."""
         self._scheduler.cancel(request_id, choice)
 
     @property
     def has_work(self) -> bool:
+        """A step would compute or tell something."""
         return self._scheduler.has_work
 
     def stats(self) -> EngineStats:

@@ -1,8 +1,8 @@
 """From rows of logits to accepted tokens.
 
-Owns the random numbers. Each is a hash of (seed, choice, position), so a token depends on its own sequence alone: not on
-the batch around it, on how the prompt was cut into chunks, on preemption, or on whether drafts were tried. The choosing
-itself is `Ops.sample`; nothing here knows where logits come from.
+Owns the random numbers. Each is a hash of (seed, choice, position), so a token depends on its own sequence alone: not
+on the batch around it, on how the prompt was cut into chunks, on preemption, or on whether drafts were tried. The
+choosing itself is `Ops.sample`; nothing here knows where logits come from.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from engine.sequence import Accepted, Share
+from engine.sequence import Accepted, Share, TokenLogprobs
 from engine.speculative import verify
 from engine.types import Logprob
 from kernels.ops import Ops, SamplingRow
@@ -55,7 +55,7 @@ def sampling_rows(share: Share) -> list[SamplingRow]:
 def uniform(seed: int, choice: int, position: int) -> float:
     """The one random number in [0, 1) behind the token at `position`, counted from the prompt's start.
 
-    Absolute positions let a sequence that is taken up elsewhere, its output having become prompt, go on as it would have.
+    Absolute positions let a sequence taken up elsewhere, its output having become prompt, go on as it would have.
     """
     digest = blake2b(b"%d %d %d" % (seed, choice, position), digest_size=8).digest()
     return (int.from_bytes(digest) >> 64 - UNIFORM_BITS) / (1 << UNIFORM_BITS)
@@ -70,30 +70,32 @@ def _verified(share: Share, sampled: list[int]) -> Accepted:
 
 def _with_logprobs(ops: Ops, logits: Tensor, shares: list[Share], brought: list[Accepted]) -> list[Accepted]:
     """The accepted tokens of those who asked have their logprobs."""
+    wanted = [share.sequence.request.sampling.num_logprobs for share in shares]
     rows: list[int] = []  # into logits
     chosen: list[int] = []
-    num_top, first_row = 0, 0
-    for share, accepted in zip(shares, brought, strict=True):
-        wanted = share.sequence.request.sampling.num_logprobs
-        if wanted is not None:
+    first_row = 0
+    for share, accepted, num_top in zip(shares, brought, wanted, strict=True):
+        if num_top is not None:
             rows += range(first_row, first_row + len(accepted.tokens))
             chosen += accepted.tokens
-            num_top = max(num_top, wanted)
         first_row += share.num_rows
     if not rows:
         return brought
-    found = ops.logprobs(logits[rows], torch.tensor(chosen, device=logits.device), num_top)
-    lines = zip(chosen, *(column.tolist() for column in found), strict=True)
+    num_top_max = max(num_top or 0 for num_top in wanted)
+    lines = iter(_logprobs(ops, logits[rows], chosen, num_top_max))
     return [
         accepted
-        if (wanted := share.sequence.request.sampling.num_logprobs) is None
-        else replace(accepted, logprobs=[_line(*line, wanted) for line in islice(lines, len(accepted.tokens))])
-        for share, accepted in zip(shares, brought, strict=True)
+        if num_top is None
+        else replace(accepted, logprobs=[(own, top[:num_top]) for own, top in islice(lines, len(accepted.tokens))])
+        for accepted, num_top in zip(brought, wanted, strict=True)
     ]
 
 
-def _line(
-    token: int, logprob: float, top_tokens: list[int], top_logprobs: list[float], num_top: int
-) -> tuple[Logprob, tuple[Logprob, ...]]:
-    top = map(Logprob, top_tokens[:num_top], top_logprobs)
-    return Logprob(token, logprob), tuple(top)
+def _logprobs(ops: Ops, logits: Tensor, chosen: list[int], num_top: int) -> list[TokenLogprobs]:
+    """Of each row's chosen token, and of its `num_top` likeliest ones."""
+    columns = ops.logprobs(logits, torch.tensor(chosen, device=logits.device), num_top)
+    own, top_tokens, top_logprobs = (column.tolist() for column in columns)
+    return [
+        (Logprob(token, logprob), tuple(map(Logprob, tokens, logprobs)))
+        for token, logprob, tokens, logprobs in zip(chosen, own, top_tokens, top_logprobs, strict=True)
+    ]

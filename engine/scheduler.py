@@ -1,15 +1,15 @@
 """What the engine computes next. One rule decides it all:
 
-    A sequence has tokens that should be computed and tokens that are. Each step hands out a budget of tokens so that the
-    second catch up with the first.
+    A sequence has tokens that should be computed and tokens that are. Each step hands out a budget of tokens so that
+    the second catch up with the first.
 
 There is no prefill phase and no decode phase. A new prompt is many tokens behind and catches up in one share or in
 several (chunked prefill). A sequence that has caught up samples a token and so is one behind again (decode). A cached
 prefix is a head start. A preempted sequence has computed nothing again. Drafts are tokens that should be computed, on
 trial. The runner does not know these words, and below they only name what the rule brings about.
 
-Owns the order: who runs, who waits, who gives way. Never touches a tensor, a clock or another thread. Requests come from
-`core.py`, plans go to the runner, what they brought comes back through `commit`.
+Owns the order: who runs, who waits, who gives way. Never touches a tensor, a clock or another thread. Requests come
+from `core.py`, plans go to the runner, what they brought comes back through `commit`.
 """
 
 from bisect import insort
@@ -22,7 +22,7 @@ from engine.errors import RequestRefused
 from engine.metering import Spent, work_of
 from engine.sequence import Accepted, Rank, Sequence, Share
 from engine.speculative import Drafting
-from engine.types import EngineStats, Finished, FinishReason, Logprob, Request, Token
+from engine.types import EngineStats, Finished, FinishReason, Request, Token
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Scheduler:
 
     @property
     def sequences(self) -> list[Sequence]:
+        """All that are not over."""
         return self._running + self._waiting
 
     @property
@@ -73,7 +74,7 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Each choice of the request waits for its turn. Raises RequestRefused where the id is in use."""
         if any(sequence.request.id == request.id for sequence in self.sequences):
-            raise RequestRefused(f"request {request.id} is still running; ids may be used again once all choices finished")
+            raise RequestRefused(f"request {request.id} is not over; an id may be used again once all choices finished")
         self._num_submitted += 1
         # Ageing in arrivals, not seconds: for each step of priority at most `ageing` later requests go first, so that
         # nothing starves, and the order is the same at every run.
@@ -92,8 +93,10 @@ class Scheduler:
             insort(self._waiting, sequence, key=_rank)
 
     def cancel(self, request_id: int, choice: int | None = None) -> None:
-        """No choice of the request runs on; each that did finishes as stopped. An unknown id is none of our business:
-        the request may have finished while the caller made up its mind."""
+        """No choice of the request, or not the one named, runs on; what did finishes as stopped.
+
+        An unknown id is passed over: the request may have finished while the caller made up its mind.
+        """
         for sequence in self.sequences:
             if sequence.request.id == request_id and choice in (None, sequence.choice):
                 self._finish(sequence, FinishReason.STOP)
@@ -121,6 +124,7 @@ class Scheduler:
         return committed
 
     def stats(self) -> EngineStats:
+        """Counts since the start, and how full the engine is now."""
         return EngineStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -159,7 +163,7 @@ class Scheduler:
         num_cached = self._blocks.claim(sequence, spare=len(self._running))
         if num_cached is None:
             return False
-        # Only what was never computed before is a prompt token saved; the rest is less of a preempted one's work redone.
+        # A prompt token is saved if it was never computed; other hits are less of a preempted one's work to redo.
         num_saved = max(0, min(num_cached, sequence.num_prompt) - sequence.num_reached)
         is_new = sequence.num_reached == 0
         self._totals.update(prefix_hit_tokens=num_saved, prompt_tokens=sequence.num_prompt if is_new else 0)
@@ -217,18 +221,15 @@ def _rank(sequence: Sequence) -> Rank:
 
 
 def _token_events(sequence: Sequence, brought: Accepted, num_tokens: int) -> list[Token]:
-    nothing: tuple[None, tuple[Logprob, ...]] = (None, ())
-    events = []
-    for place, token in enumerate(brought.tokens[:num_tokens]):
-        logprob, top_logprobs = brought.logprobs[place] if brought.logprobs else nothing
-        events.append(
-            Token(
-                request=sequence.request.id,
-                choice=sequence.choice,
-                index=sequence.num_output + place,
-                token=token,
-                logprob=logprob,
-                top_logprobs=top_logprobs,
-            )
+    """What the worker hears of the first `num_tokens` tokens, before the sequence has them."""
+    return [
+        Token(
+            request=sequence.request.id,
+            choice=sequence.choice,
+            index=sequence.num_output + place,
+            token=token,
+            logprob=brought.logprobs[place][0] if brought.logprobs else None,
+            top_logprobs=brought.logprobs[place][1] if brought.logprobs else (),
         )
-    return events
+        for place, token in enumerate(brought.tokens[:num_tokens])
+    ]

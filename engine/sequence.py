@@ -1,6 +1,6 @@
 """A sequence and its share of a step: the two values that the whole engine core speaks in.
 
-Owns what is known of one choice of a request: its tokens, how many of them are computed, its block table and its counts.
+Owns what is known of one choice of a request: its tokens, how many of them are computed, its block table, its counts.
 Never decides what runs (`scheduler.py`) or which block is whose (`blocks.py`). Made at submit, dropped when finished.
 """
 
@@ -10,6 +10,7 @@ from engine.speculative import Drafting
 from engine.types import FinishReason, Logprob, Request, Usage
 
 Rank = tuple[int, int, int]
+TokenLogprobs = tuple[Logprob, tuple[Logprob, ...]]  # the token's own, and those of the likeliest
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +35,7 @@ class Sequence:
     num_reached: int = 0  # the most that num_computed has ever been: work below it is done again
 
     blocks: list[int] = field(default_factory=list)  # token p stands in blocks[p // B], place p % B
-    block_keys: list[bytes] = field(default_factory=list)  # of the leading full blocks of `tokens`, grown when asked for
+    block_keys: list[bytes] = field(default_factory=list)  # of leading full blocks of `tokens`, grown when asked for
     num_remembered: int = 0  # leading blocks that the prefix cache has been told of
 
     num_cached: int = 0  # prompt tokens that never had to be computed
@@ -48,10 +49,12 @@ class Sequence:
 
     @property
     def num_prompt(self) -> int:
+        """Tokens that it began with."""
         return len(self.request.prompt)
 
     @property
     def num_output(self) -> int:
+        """Tokens accepted so far."""
         return len(self.tokens) - self.num_prompt
 
     @property
@@ -87,11 +90,12 @@ class Sequence:
         return (num_left, FinishReason.LENGTH) if len(tokens) >= num_left else (len(tokens), None)
 
     def reach(self, num_computed: int) -> None:
-        """The first `num_computed` tokens are in the cache, and whatever stands behind them there counts for nothing."""
+        """The first `num_computed` tokens are in the cache; whatever stands behind them there counts for nothing."""
         self.num_computed = num_computed
         self.num_reached = max(self.num_reached, num_computed)
 
     def usage(self) -> Usage:
+        """Its counts so far."""
         return Usage(
             num_prompt=self.num_prompt,
             num_cached=self.num_cached,
@@ -118,6 +122,7 @@ class Share:
 
     @property
     def stop(self) -> int:
+        """The position behind its last token."""
         return self.start + len(self.tokens)
 
     @property
@@ -132,6 +137,7 @@ class Share:
 
     @property
     def drafts(self) -> list[int]:
+        """Those of its tokens that are on trial."""
         return self.tokens[len(self.tokens) - self.num_rows + 1 :] if self.num_rows else []
 
 
@@ -140,6 +146,5 @@ class Accepted:
     """What a share brought: the tokens to append, none amid a prompt. With `error` set the sequence cannot go on."""
 
     tokens: list[int] = field(default_factory=list)
-    logprobs: "list[tuple[Logprob, tuple[Logprob, ...]]] | None" = None  # one for each token, where asked for
+    logprobs: list[TokenLogprobs] | None = None  # one for each token, where asked for
     error: str = ""
-

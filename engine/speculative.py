@@ -1,16 +1,16 @@
 """Drafts: tokens proposed to follow a sequence, so that one step may accept several.
 
-Owns where drafts come from, how many are worth their work, and which are kept. Never computes: drafts are pending tokens
-like any other, and the model's own choice behind each of them decides.
+Owns where drafts come from, how many are worth their work, and which are kept. Never computes: drafts are pending
+tokens like any other, and the model's own choice behind each of them decides.
 
-Every position is sampled with that position's own random number whether a draft stands there or not, and a draft is kept
-as long as it equals what was sampled. So the output is the one of plain decoding, token for token, under greedy and under
-seeded sampling alike. Nothing is lost against rejection sampling (Leviathan et al., arXiv 2211.17192): a draft that is a
-single token, with all the proposal's probability on it, is kept there with the target's probability p(draft), and here
-too, for that is how often the sample equals it.
+Every position is sampled with that position's own random number whether a draft stands there or not, and a draft is
+kept as long as it equals what was sampled. So the output is that of plain decoding, token for token, under greedy and
+under seeded sampling alike. Nothing is lost against rejection sampling (Leviathan et al., arXiv 2211.17192): a
+proposal with all its probability on one token is kept there with the target's probability p(draft), and here too, for
+that is how often the sample equals it.
 """
 
-NGRAM_SIZES = (4, 3, 2)  # longest first: the longer the match, the likelier its sequel; a single token matches by chance
+NGRAM_SIZES = (4, 3, 2)  # longest first: the longer the match, the likelier its sequel; one token matches by chance
 RATE_AT_START = 0.5  # expected share of drafts kept before anything is measured
 RATE_MEMORY = 0.8  # weight of the past at each verification: a change of text shows within about five
 RATE_RECOVERY = 0.02  # drift back towards the start at each step without drafts: some 50 steps until the next attempt
@@ -75,7 +75,7 @@ class Drafting:
 
 
 def verify(drafts: list[int], sampled: list[int]) -> list[int]:
-    """The sampled tokens up to and with the first that is not as drafted; `sampled` is one longer, or both are empty."""
+    """The sampled tokens up to and with the first that is not as drafted; there is one more than drafted, or none."""
     num_kept = 0
     while num_kept < len(drafts) and drafts[num_kept] == sampled[num_kept]:
         num_kept += 1

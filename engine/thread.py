@@ -32,7 +32,7 @@ class Stop:
 
 
 class EngineThread:
-    """Runs a core. `submit`, `cancel` and `stats` may be called from any thread; the callbacks come from the engine's."""
+    """Runs a core. Any thread may call `submit`, `cancel` and `stats`; the callbacks come from the engine's own."""
 
     def __init__(
         self, core: Core, deliver: Callable[[StepResult], None], failed: Callable[[BaseException], None]
@@ -48,6 +48,7 @@ class EngineThread:
 
     @property
     def capacity(self) -> Capacity:
+        """What the engine can hold."""
         return self._core.capacity
 
     @property
@@ -60,7 +61,7 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """The request is in the inbox. Raises RequestRefused, in the caller's thread, if the engine could never run it."""
+        """The request is in the inbox. Raises RequestRefused, to the caller, if the engine could never run it."""
         check_request(request, self.capacity)
         self._inbox.put(request)
 

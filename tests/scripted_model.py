@@ -1,10 +1,11 @@
 """A model whose every token is dictated by a few lines, and which finds out when the engine lies to it.
 
-Stands where a decoder stands. Its cache holds, for each slot, the token and the position that were written there. Logits
-are worked out from what it *reads back* through the block tables, so a wrong slot, a stale draft, a block given away too
-early or a false prefix hit changes the tokens. `Script.tokens_of` says what they must be, with no engine in between.
+Stands where a decoder stands. Its cache holds, for each slot, the token and the position that were written there.
+Logits are worked out from what it *reads back* through the block tables, so a wrong slot, a stale draft, a block given
+away too early or a false prefix hit changes the tokens. `Script.tokens_of` says what they must be, without an engine.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from zlib import crc32
@@ -132,7 +133,7 @@ class Ticks:
 
 
 def scripted_engine(
-    script: Script | None = None, *, context_max: int = 1 << 12, clock: Ticks | None = None, **settings
+    script: Script | None = None, *, context_max: int = 1 << 12, clock: Callable[[], int] | None = None, **settings
 ) -> ScriptedEngine:
     """An engine of the named EngineConfig settings; a cache of 1024 tokens unless they say otherwise."""
     script = script or Script()

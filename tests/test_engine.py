@@ -1,0 +1,188 @@
+"""The engine from end to end on tiny checkpoints: transformers' greedy tokens, however the work is cut and shared."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.build import build
+from engine.config import EngineConfig
+from engine.core import Core
+from engine.errors import EngineMisconfigured
+from engine.types import Finished, Request, Sampling, Token
+from tests.tiny_models import VOCAB_SIZE, tiny_llama, tiny_mixtral, transformers_greedy
+
+NUM_TOKENS = 64
+
+PROMPTS = [
+    [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19, 71, 69, 39, 93, 75, 10, 58],
+    [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 2, 71, 82, 81],  # 16 tokens as in the first
+    [5],
+    [8, 9, 8, 9, 8, 9, 8, 9],
+]
+
+
+@pytest.fixture(scope="module", params=[tiny_mixtral, tiny_llama], ids=["mixtral", "llama"])
+def checkpoint(request, tmp_path_factory) -> Path:
+    return request.param(tmp_path_factory.mktemp("model"), seed=7)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint) -> list[list[int]]:
+    return [transformers_greedy(checkpoint, prompt, NUM_TOKENS) for prompt in PROMPTS]
+
+
+def engine(checkpoint: Path, **settings) -> Core:
+    torch.set_num_threads(1)
+    return build(EngineConfig(**{"block_size": 4, "cache_tokens": 1024, "weights": "fp32", **settings}), checkpoint)
+
+
+def run(core: Core, *requests: Request) -> tuple[dict[tuple[int, int], list[Token]], dict[tuple[int, int], Finished]]:
+    for request in requests:
+        core.submit(request)
+    outputs: dict[tuple[int, int], list[Token]] = {}
+    finished: dict[tuple[int, int], Finished] = {}
+    while core.has_work:
+        result = core.step()
+        for token in result.tokens:
+            outputs.setdefault((token.request, token.choice), []).append(token)
+        finished |= {(f.request, f.choice): f for f in result.finished}
+    return outputs, finished
+
+
+def greedy(core: Core) -> tuple[list[list[int]], list[Finished]]:
+    """The four prompts, all at once."""
+    sampling = Sampling(tokens_max=NUM_TOKENS)
+    requests = [Request(id=number, prompt=tuple(prompt), sampling=sampling) for number, prompt in enumerate(PROMPTS)]
+    outputs, finished = run(core, *requests)
+    order = [(number, 0) for number in range(len(PROMPTS))]
+    return [[token.token for token in outputs[choice]] for choice in order], [finished[choice] for choice in order]
+
+
+def test_greedy_tokens_are_transformers_own(checkpoint, expected):
+    assert greedy(engine(checkpoint))[0] == expected
+
+
+def test_one_at_a_time_they_are_the_same(checkpoint, expected):
+    assert greedy(engine(checkpoint, sequences_max=1))[0] == expected
+
+
+@pytest.mark.parametrize("tokens_per_step_max", [4, 7])
+def test_prompts_in_chunks_change_nothing(checkpoint, expected, tokens_per_step_max):
+    assert greedy(engine(checkpoint, sequences_max=4, tokens_per_step_max=tokens_per_step_max))[0] == expected
+
+
+def test_a_cached_prefix_changes_nothing(checkpoint, expected):
+    core = engine(checkpoint, sequences_max=1)
+    greedy(core)
+    tokens, finished = greedy(core)
+    assert tokens == expected
+    assert [f.usage.num_cached for f in finished] == [24, 16, 0, 4]  # all full blocks that leave a token to compute
+
+
+def test_preemption_changes_nothing(checkpoint, expected):
+    tokens, finished = greedy(engine(checkpoint, cache_tokens=112))  # the longest alone needs 92
+    assert tokens == expected
+    assert sum(f.usage.num_preemptions for f in finished) > 0
+    assert sum(f.usage.num_recomputed for f in finished) > 0
+
+
+def test_drafts_change_nothing(checkpoint, expected):
+    tokens, finished = greedy(engine(checkpoint, drafts_max=4, draft_cost=0.0))
+    assert tokens == expected
+    assert sum(f.usage.num_drafted for f in finished) > sum(f.usage.num_accepted for f in finished) > 0
+
+
+def test_all_at_once_they_change_nothing(checkpoint, expected):
+    settings = {"cache_tokens": 112, "tokens_per_step_max": 16, "sequences_max": 4, "drafts_max": 3, "draft_cost": 0.0}
+    assert greedy(engine(checkpoint, **settings))[0] == expected
+
+
+@pytest.mark.parametrize("drafts_max", [0, 3])
+def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(checkpoint, drafts_max):
+    asked = Request(
+        id=50,
+        prompt=tuple(PROMPTS[3]),
+        sampling=Sampling(tokens_max=40, temperature=0.8, top_k=20, top_p=0.95, seed=1234, num_choices=2),
+    )
+    beside = [
+        Request(id=number, prompt=tuple(prompt), sampling=Sampling(tokens_max=30, temperature=1.0, seed=number))
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    alone = run(engine(checkpoint), asked)[0]
+    tight = {"cache_tokens": 160, "tokens_per_step_max": 24, "sequences_max": 5, "draft_cost": 0.0}
+    crowded = run(engine(checkpoint, drafts_max=drafts_max, **tight), *beside, asked)[0]
+    assert crowded[50, 0] == alone[50, 0]
+    assert crowded[50, 1] == alone[50, 1]
+    assert alone[50, 0] != alone[50, 1]
+
+
+def test_taken_up_from_any_token_a_sequence_goes_on_as_it_would_have(checkpoint):
+    sampling = Sampling(tokens_max=20, temperature=0.8, seed=9)
+    whole = [t.token for t in run(engine(checkpoint), Request(id=0, prompt=(1, 2, 3), sampling=sampling))[0][0, 0]]
+    resumed = Request(id=0, prompt=(1, 2, 3, *whole[:7]), sampling=Sampling(tokens_max=13, temperature=0.8, seed=9))
+    assert [t.token for t in run(engine(checkpoint), resumed)[0][0, 0]] == whole[7:]
+
+
+def test_logprobs_are_those_of_the_tokens_and_come_in_order(checkpoint):
+    sampling = Sampling(tokens_max=5, num_logprobs=3)
+    tokens = run(engine(checkpoint), Request(id=0, prompt=(1, 2, 3), sampling=sampling))[0][0, 0]
+    for token in tokens:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob == token.top_logprobs[0]  # greedy
+        assert token.top_logprobs[0].token == token.token
+        logprobs = [top.logprob for top in token.top_logprobs]
+        assert logprobs == sorted(logprobs, reverse=True)
+        assert logprobs[0] < 0
+
+
+def test_only_who_asks_gets_logprobs(checkpoint):
+    outputs, _ = run(
+        engine(checkpoint),
+        Request(id=0, prompt=(1, 2, 3), sampling=Sampling(tokens_max=4)),
+        Request(id=1, prompt=(1, 2, 3), sampling=Sampling(tokens_max=4, num_logprobs=0)),
+        Request(id=2, prompt=(1, 2, 3), sampling=Sampling(tokens_max=4, num_logprobs=2)),
+    )
+    assert [token.logprob is None for token in outputs[0, 0]] == [True] * 4
+    assert [len(token.top_logprobs) for token in outputs[1, 0]] == [0] * 4
+    assert [len(token.top_logprobs) for token in outputs[2, 0]] == [2] * 4
+
+
+def test_the_capacity_is_the_models_within_the_cache(checkpoint):
+    small, large = engine(checkpoint, cache_tokens=64), engine(checkpoint, cache_tokens=4096)
+    assert (small.capacity.context_max, large.capacity.context_max) == (64, 512)
+    assert small.capacity.vocab_size == VOCAB_SIZE
+
+
+def test_the_cache_is_sized_by_memory_but_never_beyond_use(checkpoint):
+    assert engine(checkpoint, cache_tokens=0, sequences_max=3).capacity.cache_tokens == 3 * 512
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"context_max": 600}, "512"),
+        ({"context_max": 500, "cache_tokens": 64}, "raise cache_tokens"),
+        ({"device": "cuda:77"}, "cuda:77"),
+        ({"cache_tokens": 0, "cache_memory_share": 1e-12}, "one block takes"),
+    ],
+)
+def test_settings_that_do_not_suit_the_model_are_refused(checkpoint, settings, why):
+    with pytest.raises(EngineMisconfigured, match=why):
+        engine(checkpoint, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"block_size": 0}, "block_size"),
+        ({"cache_tokens": 100}, "take 112"),
+        ({"sequences_max": 600}, "tokens_per_step_max"),
+        ({"drafts_max": 100}, "tokens_per_step_max"),
+        ({"drafts_max": -1}, "drafts_max"),
+        ({"cache_memory_share": 1.0}, "cache_memory_share"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, why):
+    with pytest.raises(EngineMisconfigured, match=why):
+        EngineConfig(**settings)

@@ -1,0 +1,108 @@
+"""Every nanosecond is idle or charged, and the shares follow the work."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.metering import Meter, Spent, apportion, work_of
+from engine.sequence import Sequence
+from engine.speculative import Drafting
+from engine.types import Request, Sampling, Work
+
+
+class Clock:
+    """Stands still until moved."""
+
+    def __init__(self) -> None:
+        self.now_ns = 500
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+
+def output(num_tokens: int, request: int = 0) -> Spent:
+    return Spent(request, 0, Work.OUTPUT, num_tokens, 1)
+
+
+@given(st.integers(0, 10**15), st.lists(st.integers(0, 10**6), max_size=50))
+def test_the_parts_make_up_the_whole_and_none_is_off_by_one(total, weights):
+    parts = apportion(total, weights)
+    assert sum(parts) == (total if sum(weights) else 0)
+    for part, weight in zip(parts, weights, strict=True):
+        assert abs(part * sum(weights) - total * weight) < max(1, sum(weights))
+
+
+def test_the_largest_remainders_get_what_is_left():
+    assert apportion(10, [1, 1, 4]) == [2, 2, 6] or apportion(10, [1, 1, 4]) == [2, 1, 7]
+    assert apportion(100, [1, 2, 4]) == [14, 29, 57]
+
+
+def test_idle_time_and_charges_are_the_time_that_passed():
+    clock = Clock()
+    meter = Meter(clock)
+    clock.now_ns += 1_000  # before the loop: nobody's
+    meter.start()
+    clock.now_ns += 30
+    meter.wake()
+    clock.now_ns += 100
+    idle_ns, charges = meter.settle([output(3), output(1, request=1)])
+    assert idle_ns == 30
+    assert [charge.device_ns for charge in charges] == [75, 25]
+    clock.now_ns += 7
+    idle_ns, charges = meter.settle([output(1)])
+    assert (idle_ns, charges[0].device_ns) == (0, 7)
+
+
+def test_a_step_that_computes_nothing_is_idle():
+    clock = Clock()
+    meter = Meter(clock)
+    clock.now_ns += 40
+    assert meter.settle([]) == (40, [])
+
+
+def share_of(prompt: list[int], output: list[int], drafts: list[int], num_computed: int, num_reached: int, budget: int):
+    sequence = Sequence(
+        request=Request(id=3, prompt=tuple(prompt), sampling=Sampling(tokens_max=100)),
+        choice=1,
+        rank=(0, 0, 0),
+        length_max=1000,
+        drafting=Drafting(0, 0.0),
+    )
+    sequence.tokens += output
+    sequence.drafts = drafts
+    sequence.num_computed, sequence.num_reached = num_computed, num_reached
+    return sequence.share(budget)
+
+
+def spent(work: Work, num_tokens: int, index: int | None = None) -> Spent:
+    return Spent(3, 1, work, num_tokens, index)
+
+
+def test_a_part_of_a_prompt_is_prompt():
+    assert work_of(share_of([1] * 9, [], [], 2, 2, 4), 0) == [spent(Work.PROMPT, 4)]
+
+
+def test_the_first_token_comes_of_the_prompts_last_and_costs_nothing_more():
+    assert work_of(share_of([1] * 9, [], [], 2, 2, 99), 1) == [spent(Work.PROMPT, 7), spent(Work.OUTPUT, 0, 0)]
+
+
+def test_a_decode_is_its_token():
+    assert work_of(share_of([1] * 9, [2, 3], [], 10, 10, 99), 1) == [spent(Work.OUTPUT, 1, 2)]
+
+
+def test_drafts_are_output_or_rejected():
+    share = share_of([1] * 9, [2, 3], [4, 5, 6], 10, 10, 99)
+    assert work_of(share, 3) == [spent(Work.REJECTED, 1), *(spent(Work.OUTPUT, 1, index) for index in (2, 3, 4))]
+
+
+def test_what_was_computed_before_is_recomputed():
+    share = share_of([1] * 9, [2, 3], [], 0, 10, 99)
+    assert work_of(share, 1) == [spent(Work.RECOMPUTED, 10), spent(Work.OUTPUT, 1, 2)]
+
+
+def test_a_preempted_prompt_is_part_recomputed_part_prompt():
+    share = share_of([1] * 9, [], [], 0, 4, 99)
+    assert work_of(share, 1) == [spent(Work.RECOMPUTED, 4), spent(Work.PROMPT, 5), spent(Work.OUTPUT, 0, 0)]
+
+
+def test_work_that_brought_nothing_was_rejected():
+    assert work_of(share_of([1] * 9, [2, 3], [], 10, 10, 99), 0) == [spent(Work.REJECTED, 1)]
