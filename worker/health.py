@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from worker.errors import Misconfigured
 
-# Above the service's own limit of 120 s, after which it ends the process and says why: this one is for when it does not.
+# Above the limit of 120 s after which the service ends the process and says why: this one is for when it does not.
 ENGINE_SILENCE_MAX_S = 150.0
 # Heartbeats go out every 3 s; a broker that restarts is back within 30 s, and until then waiting is all there is to do.
 BROKER_SILENCE_MAX_S = 30.0
