@@ -29,7 +29,7 @@ from worker.brokers.kafka_client import read_all
 from worker.brokers.kafka_settings import KafkaSettings
 from worker.commands.answers import decode, outgoing, send_all
 from worker.config import Topics
-from worker.errors import Unavailable
+from worker.errors import TokenmillError, Unavailable
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "tokenmill-test"
@@ -47,6 +47,7 @@ UP_S = 900.0  # the first time: fetching the model and carving it, on two busy c
 BACK_S = 120.0  # after a kill: a restart (up to 10 s of Docker's back-off), the broker's recovery, loading the model
 ANSWERS_S = 600.0  # fifty answers at a tenth of the usual rate
 LOOK_S = 0.25
+LOG_LINES = 20  # of each service, where the run failed
 INSPECT_S = 30.0  # any other call of Docker: milliseconds, unless the machine is very busy
 
 
@@ -59,6 +60,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # so that the stack is taken down then, too
     with Stack() as stack:
         return asyncio.run(run(stack))
+    return 1  # what failed has been said
 
 
 def engine_missing() -> str | None:
@@ -118,12 +120,15 @@ class Stack:
         self._down()  # of a run that was killed
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        if error is not None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        expected = isinstance(error, Wrong | TokenmillError | subprocess.SubprocessError)
+        if expected:
             self.say(f"FAILED: {explain(error)}")
-            print(self.compose("logs", "--tail", "40", timeout_s=INSPECT_S))
+            for service in ("kafka", "topics", "model", "worker"):
+                print(self.compose("logs", "--no-color", "--tail", str(LOG_LINES), service, timeout_s=INSPECT_S))
         self._down()
         self.say("taken down, with its volumes")
+        return expected
 
     def _down(self) -> None:
         self.compose("down", "--volumes", "--remove-orphans")
@@ -270,7 +275,7 @@ def called(command: Sequence[str], timeout_s: float, environment: dict[str, str]
     return done.stdout
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException | None) -> str:
     """The error, with what the failed command said."""
     if isinstance(error, subprocess.CalledProcessError):
         return f"{' '.join(error.cmd)}\n{error.stdout}{error.stderr}"
