@@ -37,7 +37,8 @@ KINDS: dict[type[AnyResult], str] = {
     Chunk: "tokenmill.chunk.v1",
 }
 
-CARRIED_BYTES_MAX = 512  # W3C's own minimum for a whole tracestate; a correlation id is a tenth of it
+_CARRIED = ("traceparent", "tracestate", "correlation_id")
+CARRIED_CHARS_MAX = 512  # W3C's own minimum for a whole tracestate; a correlation id is a tenth of it
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 CONFLUENT_PREFIX_BYTES = 5  # a zero byte, then the schema's number; neither JSON nor a MessagePack map starts with zero
@@ -138,12 +139,14 @@ def carried_headers(headers: Headers) -> tuple[tuple[str, bytes], ...]:
 
     A trace context that is not W3C's form is dropped, as its specification asks.
     """
-    found = {name: header_text(headers, name) for name in ("traceparent", "tracestate", "correlation_id")}
-    if not _TRACEPARENT.fullmatch(found["traceparent"] or ""):
-        found["traceparent"] = found["tracestate"] = None
-    return tuple(
-        (name, text.encode()) for name, text in found.items() if text and len(text.encode()) <= CARRIED_BYTES_MAX
-    )
+    names = {name for name, _ in headers if name in _CARRIED}  # of most records: none
+    texts = {
+        name: text for name in sorted(names) if (text := header_text(headers, name)) and len(text) <= CARRIED_CHARS_MAX
+    }
+    if not _TRACEPARENT.fullmatch(texts.get("traceparent", "")):
+        texts.pop("traceparent", None)
+        texts.pop("tracestate", None)
+    return tuple((name, text.encode()) for name, text in texts.items())
 
 
 def header_text(headers: Headers, name: str) -> str | None:

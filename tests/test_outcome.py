@@ -13,7 +13,7 @@ from schemas.results import Bill, ChatResult, Completion, ErrorCode, TextResult
 from tests.hostile import MODEL, chat, line, record, text
 from tests.test_schemas import MESSAGES
 from tests.tiny_tokenizer import save_byte_level
-from worker import envelope
+from worker import envelope, outcome
 from worker.config import Limits, Topics
 from worker.envelope import RECORD_BYTES_MAX, Envelope
 from worker.errors import RequestError
@@ -261,13 +261,15 @@ def test_an_answer_larger_than_a_record_is_a_failure_that_can_be_sent(ask, token
     assert len(sent.value) < 2000
 
 
-def test_an_answer_that_just_fits_is_sent_whole(ask, tokenizer, mail):
-    answer = ask(chat({"max_tokens": 1 << 19}))
-    say(answer, tokenizer, "@" * (RECORD_BYTES_MAX - (18 << 10)))
+def test_an_answer_that_just_fits_is_sent_whole(ask, tokenizer, mail, monkeypatch):
+    limit = 50_000
+    monkeypatch.setattr(outcome, "RECORD_BYTES_MAX", limit)
+    answer = ask(chat({"max_tokens": limit}))
+    say(answer, tokenizer, "@" * (limit - outcome.FRAME_BYTES - 1000))  # ids and names take the rest
     end(answer)
     assert answer.fault is None
     sent = mail.completion(answer.completion(BILL), answer.admitted.record)
-    assert len(sent.value) + sum(len(name) + len(value) for name, value in sent.headers) < RECORD_BYTES_MAX
+    assert limit - outcome.FRAME_BYTES - 1000 < envelope._size(sent.key, sent.value, sent.headers) < limit
 
 
 def test_a_request_can_be_given_up_before_its_end(ask, tokenizer):

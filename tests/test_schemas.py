@@ -15,7 +15,16 @@ from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
 from cloudevents.core.formats.json import JSONFormat
 
 from schemas import codec, export
-from schemas.codec import Malformed, WireLimits, decode_request, decode_result, encode, event_headers, event_id
+from schemas.codec import (
+    Malformed,
+    WireLimits,
+    carried_headers,
+    decode_request,
+    decode_result,
+    encode,
+    event_headers,
+    event_id,
+)
 from schemas.cost import CostEvent, MeterReading, dollars, picodollars
 from schemas.requests import AnyGenerate, Chat, ChatBody, Complete, Message, StreamOptions, TextBody, TextPart
 from schemas.results import (
@@ -358,6 +367,25 @@ def test_the_cloudevents_library_reads_what_we_send(name):
     assert event.get_time().timestamp() == 1_800_000_000.25
     assert event.get_datacontenttype() == "application/json"
     assert event.get_data() == json.loads(encode(message))
+
+
+TRACEPARENT = ("traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+TRACESTATE = ("tracestate", b"vendor=1")
+CORRELATION = ("correlation_id", b"42")
+
+
+@pytest.mark.parametrize(
+    ("headers", "carried"),
+    [
+        ([TRACEPARENT, TRACESTATE, CORRELATION, ("other", b"x")], {TRACEPARENT, TRACESTATE, CORRELATION}),
+        ([("traceparent", b"00-" + b"0" * 32 + b"-b7ad6b7169203331-01"), TRACESTATE, CORRELATION], {CORRELATION}),
+        ([TRACESTATE, ("correlation_id", b"\xff")], set()),
+        ([("traceparent", b"old"), TRACEPARENT, ("correlation_id", b"x" * 600)], {TRACEPARENT}),
+        ([("traceparent", None), ("correlation_id", b"")], set()),
+    ],
+)
+def test_a_valid_trace_context_and_a_correlation_id_are_passed_on(headers, carried):
+    assert set(carried_headers(headers)) == carried
 
 
 def test_each_attempt_at_a_result_has_the_same_id_and_each_result_its_own():

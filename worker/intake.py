@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection
 from msgspec import Struct
 
 from engine.types import Capacity, Request, Sampling
-from schemas.codec import Malformed, WireLimits, carried_headers, decode_request
+from schemas.codec import Malformed, WireLimits, decode_request
 from schemas.cost import dollars, picodollars
 from schemas.requests import AnyGenerate, Chat, ChatBody, Tier
 from schemas.results import ErrorCode, Input
-from worker.brokers.base import Headers, Record
+from worker.brokers.base import Record
 from worker.config import Limits
 from worker.errors import RequestError
 from worker.text import StopString, Tokenizer
@@ -55,7 +55,6 @@ class Admitted(Struct, frozen=True, kw_only=True):
     stops: tuple[StopString, ...]  # the engine knows stop tokens only
     tokens_reserved: int  # places of the cache that it may come to need
     admitted_s: float  # seconds since 1970, as `deadline`
-    carried: Headers  # trace context and correlation, for whatever is sent on its behalf
 
     @property
     def input(self) -> Input:
@@ -126,7 +125,6 @@ class Intake:
             # Never more than there is: choices beyond the cache's room run one after the other.
             tokens_reserved=min((len(prompt) + tokens_max) * generate.body.n, self._capacity.cache_tokens),
             admitted_s=now_s,
-            carried=carried_headers(record.headers),
         )
 
     def _check(self, generate: AnyGenerate, now_s: float) -> None:
