@@ -128,6 +128,7 @@ class TextStream:
         self._tokens_min = tokens_min
         self._stops = stops
         self._matched = [0] * len(stops)  # characters of each stop string that the text ends with
+        self._beginnings = frozenset(stop.text[0] for stop in stops)
         self._held = ""  # the longest end of the text that a stop string begins with
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -146,8 +147,8 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         self.num_chars += len(text)
-        if not self._stops or self.num_tokens < self._tokens_min:
-            return text
+        if self.num_tokens < self._tokens_min or (not self._held and self._beginnings.isdisjoint(text)):
+            return text  # nearly always: no stop string has begun
         for seen, char in enumerate(text, start=1):
             self._matched = [stop.advance(state, char) for stop, state in zip(self._stops, self._matched, strict=True)]
             found = [
