@@ -139,9 +139,7 @@ def _sample_row(logits: Tensor, row: SamplingRow) -> int:
     mass = mass[(mass_before < row.top_p * mass.sum()) | (mass_before == 0)]  # the likeliest one always stays
     mass = mass[mass >= row.min_p]
     cumulative = mass.cumsum(0)
-    beyond = (cumulative <= row.uniform * cumulative[-1]).sum()
-    last = (cumulative < cumulative[-1]).sum()  # where rounding made the target all of the mass
-    return int(ids[torch.minimum(beyond, last)])
+    return int(ids[(cumulative <= row.uniform * cumulative[-1]).sum()])  # uniform < 1: less than all, also if rounded
 
 
 def logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

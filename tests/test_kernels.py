@@ -201,9 +201,9 @@ def test_write_kv_fills_the_named_slots_and_no_other(any_ops: Ops, dtype: torch.
 
 # --------------------------------------------------------------------------------------------------------------- linear
 
-# (in, out): whole vectors; an `in` that no vector width divides; an `out` that torch's int4 kernel refuses; more than
-# one piece of a widened weight.
-SHAPES = [(32, 16), (40, 24), (96, 33), (576, 600)]
+# (in, out): whole vectors; an `in` that no vector width divides, where torch's int8 kernel would run over the row's
+# end; an `out` that its int4 kernel refuses; more than one piece of a widened weight.
+SHAPES = [(32, 16), (70, 24), (96, 33), (576, 600)]
 NUM_ROWS = [0, 1, 4, 5, 33, 129]  # either side of each limit between two paths
 
 

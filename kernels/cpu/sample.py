@@ -5,6 +5,7 @@ partial sort finds in a fraction of a sort's time; how much mass the others have
 enough to know the answer, more are sorted. Each row's token depends on its own logits alone, to the bit.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from kernels.ops import SamplingRow
 
 # At V = 49,152 a partial sort of 64 takes about as long as one softmax, of 1,024 a few times that, of all 40 times.
-# Where the k-th likeliest token has 1 / k^1.5 of the likeliest's probability, one draw in 10 needs the second and one in
-# 40 the last.
+# Where the k-th likeliest token has 1 / k^1.5 of the likeliest's probability, one draw in 10 needs the second and one
+# in 40 the last.
 NUM_CANDIDATES = (64, 1024)
 
 
@@ -61,32 +62,27 @@ def _draw_all(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow]) -> l
 
 def _masses(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow]) -> list[float]:
     """The mass of each row's whole vocabulary relative to its likeliest token's; NaN where top-k makes it no matter."""
-    masses = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    masses = [math.nan] * len(rows)
     whole = [i for i, row in enumerate(rows) if not row.top_k]
-    temperature = torch.tensor([rows[i].temperature for i in whole])
-    probabilities = (logits[whole] - largest[whole, None]).div_(temperature[:, None]).softmax(dim=1)
-    masses[whole] = probabilities.amax(dim=1).double().reciprocal()
-    return masses.tolist()
+    if whole:
+        temperature = torch.tensor([rows[i].temperature for i in whole])
+        probabilities = (logits[whole] - largest[whole, None]).div_(temperature[:, None]).softmax(dim=1)
+        for i, mass in zip(whole, probabilities.amax(dim=1).double().reciprocal().tolist(), strict=True):
+            masses[i] = mass
+    return masses
 
 
 def _likeliest(logits: Tensor, num: int) -> Iterator[_Candidates]:
     """For each row its `num` likeliest tokens, less those as likely as the last: others of those may be cut off."""
-    are_all = num >= logits.shape[1]
-    if are_all:
+    if num >= logits.shape[1]:
         top, ids = logits.sort(dim=1, descending=True, stable=True)
-        num_certain = [logits.shape[1]] * len(logits)
-    else:
-        top, ids = _by_falling_logit(*logits.topk(num, dim=1))
-        num_certain = (top > top[:, -1:]).sum(dim=1).tolist()
-    for row_top, row_ids, n in zip(top.double().numpy(), ids.numpy(), num_certain, strict=True):
-        yield _Candidates(row_top[:n], row_ids[:n], are_all)
-
-
-def _by_falling_logit(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (R, n), equal logits by rising id."""
-    ids, by_id = ids.sort(dim=1)
-    logits, by_logit = logits.gather(1, by_id).sort(dim=1, descending=True, stable=True)
-    return logits, ids.gather(1, by_logit)
+        for row_top, row_ids in zip(top.double().numpy(), ids.numpy(), strict=True):
+            yield _Candidates(row_top, row_ids, are_all=True)
+        return
+    top, ids = logits.topk(num, dim=1, sorted=False)
+    for row_top, row_ids in zip(top.double().numpy(), ids.numpy(), strict=True):
+        order = np.lexsort((row_ids, -row_top))[: (row_top > row_top.min()).sum()]
+        yield _Candidates(row_top[order], row_ids[order], are_all=False)
 
 
 def _draw(logits: Tensor, candidates: _Candidates, row: SamplingRow, mass: float) -> int:
@@ -113,9 +109,7 @@ def _settle(candidates: _Candidates, row: SamplingRow, whole_mass: float) -> int
         total = cumulative[-1]
     elif row.top_p < 1 or row.min_p > 0 or cumulative[-1] <= row.uniform * total:
         return None
-    beyond = np.searchsorted(cumulative, row.uniform * total, side="right")
-    last = np.searchsorted(cumulative, cumulative[-1])  # where rounding made the target all of the mass
-    return int(candidates.ids[min(beyond, last)])
+    return int(candidates.ids[np.searchsorted(cumulative, row.uniform * total, side="right")])
 
 
 def logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
