@@ -10,26 +10,34 @@ from worker.brokers.base import METADATA_CHARS_MAX, Position
 from worker.offsets import UNFINISHED_MAX, WINDOW_MAX, OffsetLedger, pack, unpack
 
 
+ME = "0123abcd"
+
+
+def nothing_above(offset: int) -> Position:
+    """The position of an owner who finished all below the offset and nothing above it."""
+    return Position(offset, f"1{ME},")
+
+
 def finished_after(position: Position, offsets: range) -> set[int]:
     """The offsets that the next owner skips when the whole range is offered to it."""
-    ledger = OffsetLedger(position)
+    ledger = OffsetLedger(position, ME)
     return {offset for offset in offsets if not ledger.begin(offset)}
 
 
 def test_a_new_partition_commits_where_it_began():
-    assert OffsetLedger(Position(7)).position() == Position(7, "")
+    assert OffsetLedger(Position(7), ME).position() == nothing_above(7)
 
 
 def test_finishing_in_order_moves_the_offset_and_needs_no_metadata():
-    ledger = OffsetLedger(Position(0))
+    ledger = OffsetLedger(Position(0), ME)
     for offset in range(3):
         assert ledger.begin(offset)
         ledger.finish(offset)
-    assert ledger.position() == Position(3, "")
+    assert ledger.position() == nothing_above(3)
 
 
 def test_an_unfinished_offset_holds_the_position_back_and_the_finished_ones_above_it_are_skipped_by_the_next_owner():
-    ledger = OffsetLedger(Position(10))
+    ledger = OffsetLedger(Position(10), ME)
     for offset in range(10, 16):
         ledger.begin(offset)
     for offset in (11, 12, 14):
@@ -40,39 +48,43 @@ def test_an_unfinished_offset_holds_the_position_back_and_the_finished_ones_abov
 
 
 def test_an_offset_is_begun_once():
-    ledger = OffsetLedger(Position(0))
+    ledger = OffsetLedger(Position(0), ME)
     assert ledger.begin(0)
     assert not ledger.begin(0)
 
 
 def test_what_the_last_owner_left_unfinished_and_the_log_no_longer_has_does_not_hold_the_position_back():
-    left = OffsetLedger(Position(0))
+    left = OffsetLedger(Position(0), ME)
     for offset in range(4):
         left.begin(offset)
     left.finish(3)
-    ledger = OffsetLedger(left.position())
+    ledger = OffsetLedger(left.position(), ME)
     assert not ledger.begin(3)  # 0 to 2 were deleted by retention
     assert ledger.begin(4)
     ledger.finish(4)
-    assert ledger.position() == Position(5, "")
+    assert ledger.position() == nothing_above(5)
 
 
 def test_finishing_what_was_not_begun_is_an_error():
     with pytest.raises(KeyError):
-        OffsetLedger(Position(0)).finish(0)
+        OffsetLedger(Position(0), ME).finish(0)
+
+
+def test_two_owners_who_came_equally_far_can_tell_their_commits_apart():
+    assert OffsetLedger(Position(7), "a").position() != OffsetLedger(Position(7), "b").position()
 
 
 def test_metadata_of_another_format_is_refused_not_guessed():
     with pytest.raises(ValueError, match="unknown format"):
-        OffsetLedger(Position(0, "?abc"))
+        OffsetLedger(Position(0, "?abc"), ME)
 
 
 def test_a_kept_partition_resumes_at_what_is_still_awaited():
-    left = OffsetLedger(Position(0))
+    left = OffsetLedger(Position(0), ME)
     for offset in range(3):
         left.begin(offset)
     left.finish(2)
-    ledger = OffsetLedger(left.position())
+    ledger = OffsetLedger(left.position(), ME)
     assert ledger.resume_at == 0
     ledger.begin(0)
     assert ledger.resume_at == 1
@@ -84,7 +96,7 @@ def test_a_kept_partition_resumes_at_what_is_still_awaited():
 def test_packing_loses_nothing(first: int, done: list[bool]):
     unfinished = [first + i for i, is_done in enumerate(done) if not is_done]
     highest = first + len(done)
-    assert unpack(Position(first, pack(first, unfinished, highest))) == (unfinished, highest + 1)
+    assert unpack(Position(first, pack(ME, first, unfinished, highest))) == (unfinished, highest + 1)
 
 
 @given(st.randoms(use_true_random=False), st.integers(1, 200))
@@ -94,7 +106,7 @@ def test_every_owner_in_a_chain_works_on_exactly_what_is_unfinished(rng: random.
     finished: list[int] = []
     position = Position(0)
     while set(finished) != set(log):
-        ledger = OffsetLedger(position)
+        ledger = OffsetLedger(position, ME)
         todo = [offset for offset in log if offset >= position.offset and ledger.begin(offset)]
         assert not set(todo) & set(finished)
         for offset in rng.sample(todo, rng.randint(1, len(todo))):
@@ -108,7 +120,7 @@ def test_every_owner_in_a_chain_works_on_exactly_what_is_unfinished(rng: random.
 @pytest.mark.parametrize("pattern", ["alternating", "random", "one straggler", "jump"])
 def test_a_commit_never_overflows_the_metadata(pattern: str):
     rng = random.Random(5)
-    ledger = OffsetLedger(Position(0))
+    ledger = OffsetLedger(Position(0), ME)
     ledger.begin(0)  # the straggler
     offset = 1
     while not ledger.is_full:

@@ -39,11 +39,11 @@ async def flush(
             await _transact(broker, bursts, notes, membership)
         except (OutcomeUnknown, Fenced) as error:
             await broker.renew()
+            if isinstance(error, Fenced):
+                raise
             recorded = dict(await broker.positions(wanted)) if wanted else {}
             if wanted and recorded == wanted:
                 return attempt
-            if isinstance(error, Fenced):
-                raise
             if recorded != before:
                 raise Fenced("the group has given these partitions to another worker", outcome_known=False) from error
         else:

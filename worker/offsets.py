@@ -3,7 +3,8 @@
 Requests finish out of order, a group's position is one number. So a commit carries two things: the lowest unfinished
 offset, and in its metadata the unfinished ones among those up to the highest finished. The next owner starts at the
 first and skips what the second says is done. Without the second, out-of-order completion and exactly-once exclude each
-other.
+other. The metadata also names the life that committed it: two owners may come equally far, and each must be able to tell
+its own commit from the other's.
 
 Pure: no clock, no broker. Offsets that never arrive (transaction markers, compaction, retention) count as finished.
 """
@@ -16,22 +17,25 @@ from worker.brokers.base import Position
 
 # METADATA_CHARS_MAX (worker/brokers/base.py) bounds both. With at most 1,024 unfinished offsets there are at most 2,049
 # runs. A run is one byte long unless it spans 128 offsets, and a window of 16,384 holds 128 of those; one jump past the
-# window may cost 9 bytes more. So 2,186 bytes at the most, 2,917 characters: a commit can never overflow.
+# window may cost 9 bytes more. So 2,186 bytes at the most, 2,982 characters with the owner: a commit can never overflow.
 UNFINISHED_MAX = 1024
 WINDOW_MAX = 16_384
 
 FORMAT = "1"  # first character of the metadata; a newer format takes another
+OWNER_CHARS_MAX = 64
+SEPARATOR = ","  # no character of base64
 
 
 class OffsetLedger:
     """The offsets of one partition, from the moment it is assigned until it is revoked."""
 
-    def __init__(self, committed: Position) -> None:
-        """Takes up where the committed position says that the last owner stood.
+    def __init__(self, committed: Position, owner: str) -> None:
+        """Takes up where the committed position says that the last owner stood. `owner` is the name of this life.
 
         Raises ValueError for metadata that this project did not write.
         """
         unfinished, self._next = unpack(committed)
+        self._owner = owner[:OWNER_CHARS_MAX]
         self._unfinished = set(unfinished)
         self._awaited = deque(unfinished)  # unfinished by the last owner, not seen by us yet
         self._highest_finished = self._next - 1
@@ -61,7 +65,7 @@ class OffsetLedger:
         """What to commit."""
         first = min(self._unfinished, default=self._next)
         between = sorted(offset for offset in self._unfinished if offset < self._highest_finished)
-        return Position(first, pack(first, between, self._highest_finished))
+        return Position(first, pack(self._owner, first, between, self._highest_finished))
 
     @property
     def resume_at(self) -> int:
@@ -85,16 +89,14 @@ class OffsetLedger:
         return len(self._unfinished) >= UNFINISHED_MAX or window >= WINDOW_MAX
 
 
-def pack(first: int, unfinished: Iterable[int], highest_finished: int) -> str:
+def pack(owner: str, first: int, unfinished: Iterable[int], highest_finished: int) -> str:
     """The metadata that goes with a position at `first`.
 
-    Lengths of alternating runs of unfinished and finished offsets, from `first` to `highest_finished`, as LEB128
-    varints in base64. Empty when nothing above `first` is finished.
+    The owner, and where something above `first` is finished: lengths of alternating runs of unfinished and finished
+    offsets, from `first` to `highest_finished`, as LEB128 varints in base64.
     """
-    if highest_finished < first:
-        return ""
-    runs = b"".join(_varint(length) for length in _runs(first, unfinished, highest_finished))
-    return FORMAT + base64.b64encode(runs).decode()
+    runs = _runs(first, unfinished, highest_finished) if highest_finished >= first else ()
+    return FORMAT + owner + SEPARATOR + base64.b64encode(b"".join(map(_varint, runs))).decode()
 
 
 def unpack(position: Position) -> tuple[list[int], int]:
@@ -105,7 +107,8 @@ def unpack(position: Position) -> tuple[list[int], int]:
         raise ValueError(f"offset metadata of an unknown format: {position.metadata[:16]!r}")
     unfinished: list[int] = []
     start, is_finished = position.offset, False
-    for length in _varints(base64.b64decode(position.metadata[1:], validate=True)):
+    _, _, runs = position.metadata.partition(SEPARATOR)
+    for length in _varints(base64.b64decode(runs, validate=True)):
         if not is_finished:
             unfinished.extend(range(start, start + length))
         start, is_finished = start + length, not is_finished

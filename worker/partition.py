@@ -38,10 +38,11 @@ class Partition:
 
     place: Place
     committed: Position
+    owner: str  # the life that holds it
     outbox: list[Outcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._offsets = OffsetLedger(self.committed)
+        self._offsets = OffsetLedger(self.committed, self.owner)
 
     def begin(self, offset: int) -> bool:
         """False if the record was finished, or begun, before: skip it."""

@@ -79,10 +79,11 @@ class Service:
         drain: Drain,
         tiers: Mapping[str, Tier],
         flush_interval_s: float,
+        life: str,
     ) -> None:
         """`steps` is where the engine's results arrive, or what it failed of.
 
-        `tiers` names each topic's tier.
+        `tiers` names each topic's tier; `life` is the name of this run of this worker, unlike any other's.
         """
         self._broker = broker
         self._engine = engine
@@ -95,6 +96,7 @@ class Service:
         self._drain = drain
         self._tiers = tiers
         self._flush_interval_s = flush_interval_s
+        self._life = life
 
         self._ids = count(1)  # of engine requests
         self._running: dict[int, Running] = {}
@@ -130,7 +132,9 @@ class Service:
             records = await self._broker.poll(self._open(poll.tiers), poll.num_max, POLL_S)
             self._heard_s = time.monotonic()
             if held is not self._partitions:
-                self._seek()  # these records were asked for before a rebalance; whose they are cannot be told
+                # These records were asked for before a rebalance: whose they are cannot be told. Read them again.
+                if self._membership:
+                    self._seek()
                 continue
             num_realtime = sum(self._tiers[record.place.topic] == REALTIME for record in records)
             self._admission.polled(poll, num_realtime, time.monotonic())
@@ -280,7 +284,10 @@ class Service:
             try:
                 num_attempts = await flush(self._broker, bursts, [self._outbound.meter(reading)], membership)
             except Fenced as error:
+                self._telemetry.fenced(len(partitions))
                 await self._hold(tuple(partitions), "lost" if error.outcome_known else "unknown")
+                if self._membership:  # else a rebalance waits for us, and seeks by itself
+                    self._seek()
                 return
             for place, burst in bursts.items():
                 partitions[place].settle(burst)
@@ -303,6 +310,7 @@ class Service:
     async def assigned(self, places: Sequence[Place], membership: Membership) -> None:
         """Holds these partitions under this membership, and lets go of all others."""
         await self._hold(places, "lost")
+        self._seek()
         self._membership = membership
         self._has_outcomes.set()
         self._telemetry.assigned(places, membership.generation)
@@ -318,9 +326,8 @@ class Service:
         for place in places:
             partition = before.get(place)
             if partition is None or partition.committed != positions[place]:
-                partition = Partition(place, positions[place])
+                partition = Partition(place, positions[place], self._life)
             self._partitions[place] = partition
-        self._seek()
         lost = [partition for place, partition in before.items() if self._partitions.get(place) is not partition]
         self._let_go(lost, reason)
 
@@ -339,8 +346,6 @@ class Service:
             for outcome in partition.outbox:
                 if outcome.account:
                     self._meter.waste(outcome.account, reason)
-        if partitions:
-            self._telemetry.fenced(len(partitions))
 
     # --------------------------------------------------------------------------------------------------------- leave
 

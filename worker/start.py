@@ -147,4 +147,5 @@ def _service(
         drain=drain,
         tiers=tiers,
         flush_interval_s=settings.flush_interval_ms / 1000,
+        life=life,
     )

@@ -1,0 +1,221 @@
+"""The real worker on a cluster in memory and a scripted engine, in virtual time: where it may die at every call.
+
+Everything between the broker and the engine is the code that ships. A run is a function of its seed and its fault.
+"""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from zlib import crc32
+
+from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.trace import NoOpTracerProvider
+
+from engine.types import Capacity, Charge, EngineStats, Finished, FinishReason, Request, StepResult, Token, Usage, Work
+from schemas.codec import decode_result
+from schemas.cost import CostEvent, MeterReading, picodollars
+from schemas.results import Completion, Input
+from tests.invariants import violations
+from worker.admission import BATCH, REALTIME, Admission
+from worker.brokers.base import Record
+from worker.brokers.memory import Crash, Fault, MemoryBroker
+from worker.brokers.memory_cluster import MemoryCluster
+from worker.config import Limits, Topics
+from worker.cost import Meter
+from worker.drain import Drain
+from worker.envelope import Envelope
+from worker.intake import Intake
+from worker.outbound import Outbound
+from worker.price_book import load_price_book
+from worker.service import Service
+from worker.telemetry import Telemetry
+from worker.text import Tokenizer, load_tokenizer
+
+TOPICS = Topics()
+GROUP = "simulated"
+MODEL = "simulated"
+CAPACITY = Capacity(cache_tokens=4096, context_max=512, vocab_size=256, eos_token_ids=())
+PATIENCE_S = 300.0  # of virtual time: many times what any run takes
+PARTITIONS = 3
+ALL_TOPICS = (
+    TOPICS.requests,
+    TOPICS.batch,
+    TOPICS.completions,
+    TOPICS.costs,
+    TOPICS.chunks,
+    TOPICS.dead_letters,
+)
+
+
+class SimulatedEngine:
+    """A token for each choice at each step. Tokens follow from the prompt, times from the dice."""
+
+    def __init__(self, steps: "asyncio.Queue[StepResult | BaseException]", dice: random.Random) -> None:
+        self.heartbeat_ns = 0
+        self._steps = steps
+        self._dice = dice
+        self._requests: dict[tuple[int, int], Request] = {}
+        self._outputs: dict[tuple[int, int], int] = {}
+
+    def submit(self, request: Request) -> None:
+        for choice in range(request.sampling.num_choices):
+            self._requests[request.id, choice] = request
+            self._outputs[request.id, choice] = 0
+
+    def cancel(self, request_id: int, choice: int | None = None) -> None:
+        for key in [key for key in self._requests if key[0] == request_id and choice in (None, key[1])]:
+            del self._requests[key]
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
+
+    def stop(self, timeout_s: float | None = None) -> bool:
+        self._requests.clear()
+        return True
+
+    async def run(self) -> None:
+        """Steps for ever, faster or slower."""
+        while True:
+            await asyncio.sleep(self._dice.uniform(0.001, 0.02))
+            self._steps.put_nowait(self._step())
+
+    def _step(self) -> StepResult:
+        tokens, finished, charges = [], [], []
+        for (request_id, choice), request in list(self._requests.items()):
+            index = self._outputs[request_id, choice]
+            self._outputs[request_id, choice] = index + 1
+            if index == 0:
+                charges.append(self._charge(request_id, choice, Work.PROMPT, len(request.prompt), None))
+            charges.append(self._charge(request_id, choice, Work.OUTPUT, 1, index))
+            token = crc32(bytes(str((request.prompt, choice, index)), "ascii")) % CAPACITY.vocab_size
+            tokens.append(Token(request=request_id, choice=choice, index=index, token=token))
+            if index + 1 == request.sampling.tokens_max:
+                del self._requests[request_id, choice]
+                usage = Usage(num_prompt=len(request.prompt), num_cached=0, num_output=index + 1)
+                reason = FinishReason.LENGTH
+                finished.append(Finished(request=request_id, choice=choice, reason=reason, usage=usage))
+        return StepResult(idle_ns=self._dice.randrange(10**6), tokens=tokens, finished=finished, charges=charges)
+
+    def _charge(self, request: int, choice: int, work: Work, num_tokens: int, index: int | None) -> Charge:
+        ns = self._dice.randrange(10**7)
+        return Charge(request=request, choice=choice, work=work, num_tokens=num_tokens, device_ns=ns, index=index)
+
+
+class SimulatedWorker:
+    """One life of one worker. `died` is set however it ends."""
+
+    def __init__(self, cluster: MemoryCluster, name: str, life: str, tokenizer: Tokenizer, fault: Fault | None) -> None:
+        self.broker = MemoryBroker(cluster, GROUP, name, fault)
+        self.name = name
+        self.failure: BaseException | None = None
+        self.died = asyncio.Event()
+        steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
+        self._engine = SimulatedEngine(steps, random.Random(life))
+        self.drain = Drain(budget_s=5.0, clock=asyncio.get_running_loop().time)
+        prices = load_price_book()
+        self._service = Service(
+            broker=self.broker,
+            engine=self._engine,
+            steps=steps,
+            intake=Intake(
+                models=[MODEL],
+                tokenizer=tokenizer,
+                capacity=CAPACITY,
+                limits=Limits(),
+                price_ceiling=prices.ceiling,
+                clock=lambda: 0.0,
+            ),
+            outbound=Outbound(
+                envelope=Envelope(TOPICS, GROUP, name, clock=lambda: 0.0),
+                tokenizer=tokenizer,
+                prices=prices,
+                granularity="request",  # fewer records, and each is a place to die at
+                worker=name,
+                life=life,
+            ),
+            admission=Admission(tokens_max=8192, ageing_s=5.0),
+            meter=Meter(worker=name, life=life, rate=picodollars("0.10")),
+            telemetry=Telemetry(NoOpMeterProvider(), NoOpTracerProvider(), worker=name, group=GROUP),
+            drain=self.drain,
+            tiers={TOPICS.requests: REALTIME, TOPICS.batch: BATCH},
+            flush_interval_s=0.03,
+            life=life,
+        )
+        self._tasks = [asyncio.create_task(self._live()), asyncio.create_task(self._engine.run())]
+
+    async def _live(self) -> None:
+        try:
+            await self._service.run()
+        except BaseException as error:
+            if not _is_crash(error):
+                self.failure = error
+        finally:
+            self._tasks[1].cancel()
+            self.died.set()
+
+
+def _is_crash(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return any(_is_crash(inner) for inner in error.exceptions)
+    return isinstance(error, Crash)
+
+
+class Simulation:
+    """A cluster with requests in it, workers that come and go, and what a reader sees at the end."""
+
+    def __init__(self, seed: int, tokenizer_folder: Path, num_requests: int = 6) -> None:
+        self.dice = random.Random(seed)
+        self.cluster = MemoryCluster({topic: PARTITIONS for topic in ALL_TOPICS})
+        self.workers: list[SimulatedWorker] = []
+        self._tokenizer = load_tokenizer(tokenizer_folder)
+        self._asked = [self._ask(number) for number in range(num_requests)]
+
+    def hire(self, name: str, fault: Fault | None = None) -> SimulatedWorker:
+        """A worker joins; a name that is taken makes the one before a zombie."""
+        life = f"{name}#{len(self.workers)}"
+        worker = SimulatedWorker(self.cluster, name, life, self._tokenizer, fault)
+        self.workers.append(worker)
+        return worker
+
+    async def until_answered(self) -> None:
+        """All requests have an answer, or patience ends."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + PATIENCE_S
+        while len(self.completions()) < len(self._asked) and loop.time() < end_s:
+            await asyncio.sleep(0.05)
+
+    async def dismiss(self) -> None:
+        """All workers that live leave on purpose."""
+        for worker in self.workers:
+            worker.drain.ask()
+        await asyncio.gather(*(worker.died.wait() for worker in self.workers if not worker.broker.is_dead))
+
+    def completions(self) -> list[Completion]:
+        return [decode_result(Completion, value(record)) for record in self.cluster.committed(TOPICS.completions)]
+
+    def violations(self) -> Sequence[str]:
+        """Everything that is wrong now, a worker's own failure included."""
+        costs: list[CostEvent] = []
+        readings: list[MeterReading] = []
+        for record in self.cluster.committed(TOPICS.costs):
+            if dict(record.headers)["ce_type"] == b"tokenmill.meter.v1":
+                readings.append(decode_result(MeterReading, value(record)))
+            else:
+                costs.append(decode_result(CostEvent, value(record)))
+        found = violations(self._asked, self.completions(), costs, readings)
+        return [*found, *(f"{worker.name} failed: {worker.failure!r}" for worker in self.workers if worker.failure)]
+
+    def _ask(self, number: int) -> Input:
+        tokens, n = self.dice.randint(1, 8), self.dice.choice([1, 1, 1, 2])
+        body = f'{{"model":"{MODEL}","prompt":[1,{number}],"max_tokens":{tokens},"n":{n},"ignore_eos":true}}'
+        text = f'{{"url":"/v1/completions","custom_id":"r{number}","body":{body}}}'
+        if self.dice.random() < 0.1:
+            text = text[:-9]  # a record that cannot be read has an answer too
+        record = self.cluster.produce(TOPICS.requests, text.encode(), partition=number % PARTITIONS)
+        return Input(topic=record.place.topic, partition=record.place.partition, offset=record.offset)
+
+
+def value(record: Record) -> bytes:
+    assert record.value is not None
+    return record.value

@@ -1,0 +1,126 @@
+"""Whatever dies, wherever: each request is answered once and billed once, to the picodollar."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import structlog
+
+from tests import virtual_time
+from tests.simulation import Simulation
+from tests.tiny_tokenizer import save_byte_level
+from worker.brokers.memory import Crash, FaultAt
+from worker.errors import OutcomeUnknown
+
+SEEDS = range(20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """Thousands of lives would fill the log, and take most of the time."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_byte_level(tmp_path_factory.mktemp("tokenizer"))
+
+
+async def survive(simulation: Simulation, fault: FaultAt) -> None:
+    """One worker meets the fault, another lives through it; the first comes back if it died."""
+    victim = simulation.hire("victim", fault)
+    simulation.hire("witness")
+    answered = asyncio.create_task(simulation.until_answered())
+    died = asyncio.create_task(victim.died.wait())
+    await asyncio.wait((answered, died), return_when=asyncio.FIRST_COMPLETED)
+    if died.done():
+        await asyncio.sleep(simulation.dice.uniform(0, 0.3))
+        await simulation.cluster.expire(victim.broker)
+        simulation.hire("victim")
+    await answered
+    died.cancel()
+    await simulation.dismiss()
+
+
+def test_a_run_without_faults_answers_all(folder):
+    async def main():
+        simulation = Simulation(0, folder)
+        await survive(simulation, FaultAt(10**9, Crash()))
+        assert simulation.violations() == []
+
+    virtual_time.run(main())
+
+
+class UnknownAt(FaultAt):
+    """Counts the calls of transactions alone: the others have no outcome that could be unknown."""
+
+    async def __call__(self, call, moment):
+        if call in ("begin", "send", "send_positions", "commit"):
+            await super().__call__(call, moment)
+
+
+def sweep(seed: int, folder: Path, fault_at: Callable[[int], FaultAt]) -> int:
+    """Runs with the fault at call 1, 2, 3, ... until a run ends before its fault; the number of such calls."""
+    number, reached = 0, True
+    while reached:
+        number += 1
+
+        async def main(number=number):
+            simulation, fault = Simulation(seed, folder), fault_at(number)
+            await survive(simulation, fault)
+            assert simulation.violations() == [], f"seed {seed}, fault at call {number}"
+            return fault.reached
+
+        reached = virtual_time.run(main())
+    return number - 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_crash_at_any_broker_call_loses_nothing_and_repeats_nothing(folder, seed):
+    assert sweep(seed, folder, lambda number: FaultAt(number, Crash())) > 40
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_unknown_outcome_at_any_call_of_a_transaction_is_resolved(folder, seed):
+    assert sweep(seed, folder, lambda number: UnknownAt(number, OutcomeUnknown())) > 20
+
+
+class Freeze:
+    """The worker stops in the middle of its n-th call, and goes on when it is thawed."""
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+        self.frozen, self.thawed = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, _call, _moment):
+        self._left -= 1
+        if self._left <= 0 and not self.thawed.is_set():
+            self.frozen.set()
+            await self.thawed.wait()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_zombie_changes_nothing(folder, seed):
+    """Frozen at any call, given up by the group, thawed when others have taken over: in the middle or at the end."""
+
+    async def main():
+        simulation = Simulation(seed, folder)
+        freeze = Freeze(simulation.dice.randint(4, 60))
+        zombie = simulation.hire("zombie", freeze)
+        simulation.hire("witness")
+        answered = asyncio.create_task(simulation.until_answered())
+        frozen = asyncio.create_task(freeze.frozen.wait())
+        await asyncio.wait((answered, frozen), return_when=asyncio.FIRST_COMPLETED)
+        await simulation.cluster.expire(zombie.broker)
+        await asyncio.sleep(simulation.dice.choice([0, 0.02, 0.2, 5.0]))
+        freeze.thawed.set()
+        await answered
+        frozen.cancel()
+        await simulation.dismiss()
+        assert simulation.violations() == []
+
+    virtual_time.run(main())
