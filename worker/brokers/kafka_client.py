@@ -71,8 +71,8 @@ async def require_topics(settings: KafkaSettings, topics: Sequence[str]) -> None
 async def count_partitions(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, int]:
     """How many partitions each topic has; 0 where it does not exist, or is not ours to see."""
     async with _reader(settings) as consumer:
-        present = await consumer.topics()
-        return {topic: len(consumer.partitions_for_topic(topic) or ()) if topic in present else 0 for topic in topics}
+        cluster = await consumer._client.fetch_all_metadata()
+        return {topic: len(cluster.partitions_for_topic(topic) or ()) for topic in topics}
 
 
 class Kept(NamedTuple):
@@ -182,7 +182,6 @@ async def _reader(settings: KafkaSettings) -> AsyncIterator[AIOKafkaConsumer]:
         isolation_level="read_committed",
         auto_offset_reset="earliest",  # what expired while it was read is skipped
         fetch_max_wait_ms=settings.fetch_max_wait_ms,
-        max_partition_fetch_bytes=settings.record_bytes_max,
         **settings.client_options(),
     )
     try:

@@ -4,6 +4,7 @@ Serves `send`, `watch` and `demo`. Sees only what is committed; chunks, which ar
 """
 
 import asyncio
+import textwrap
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
@@ -89,9 +90,17 @@ def texts(completion: Completion) -> list[str]:
     return [choice.message.content if isinstance(choice, ChatChoice) else choice.text for choice in choices]
 
 
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: a model may write escape sequences, and a prompt may ask it to."""
+    return "".join(one if one.isprintable() or one in "\n\t" else "\N{REPLACEMENT CHARACTER}" for one in text)
+
+
 def headline(completion: Completion) -> str:
     """Everything about the answer but its text, in one line."""
-    name = completion.custom_id or f"{completion.input.topic}-{completion.input.partition}-{completion.input.offset}"
+    name = (
+        printable(completion.custom_id or "")
+        or f"{completion.input.topic}-{completion.input.partition}-{completion.input.offset}"
+    )
     if completion.error is not None:
         return f"{name}: {completion.error.code}, {completion.error.message}"
     parts = [name]
@@ -145,10 +154,10 @@ class Teller:
             return
         if self._open != chunk.input:
             self._end_line()
-            self._console.print(f"{chunk.custom_id} streams: ", style="dim", end="")
+            self._console.print(f"{printable(chunk.custom_id)} streams: ", style="dim", end="")
         self._open = chunk.input
         self._streamed.add(chunk.input)
-        self._console.out(chunk.text, end="")
+        self._console.out(printable(chunk.text), end="")
 
     def _tell_completion(self, completion: Completion) -> None:
         self.num_answers += 1
@@ -158,7 +167,8 @@ class Teller:
         said = texts(completion)
         for number, text in enumerate(said):
             if number or completion.input not in self._streamed:
-                self._console.print(f"  [{number}] {text.strip()}" if len(said) > 1 else f"  {text.strip()}")
+                numbered = f"[{number}] {text.strip()}" if len(said) > 1 else text.strip()
+                self._console.print(textwrap.indent(printable(numbered), "  "))
 
     def _end_line(self) -> None:
         if self._open is not None:

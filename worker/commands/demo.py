@@ -77,7 +77,7 @@ def demo(
     requests = [_for_model(line, Path(model).name) for line in REQUESTS.read_bytes().splitlines()]
     with ExitStack() as stack:
         brokers, topics = stack.enter_context(_brokers(kafka, keep))
-        with _phase("model") as report:
+        with _phase("making sure of the model") as report:
             folder = fetched(model, report)
         client = brokers.client()
         asyncio.run(
@@ -137,7 +137,7 @@ def _brokers(given: Kafka | None, keep: bool) -> Iterator[tuple[Kafka, Topics]]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tokenmill-demo-")))
             cluster = Cluster(folder, owned=True)
             stack.callback(cluster.kill)
-        with _phase("Kafka") as report:
+        with _phase("bringing up Kafka") as report:
             cluster.start(report=report)
         yield Kafka(brokers=cluster.brokers), Topics()
 
@@ -203,7 +203,7 @@ def _worker(kafka: Kafka, topics: Topics, model: Path) -> Iterator[_Worker]:
             process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
         lifeline, worker = Lifeline(process.pid), _Worker(process, port, log)
         try:
-            with _phase("worker: loading the model"):
+            with _phase("starting a worker"):
                 worker.await_ready()
             yield worker
         finally:
@@ -231,6 +231,7 @@ class Figures(Struct, frozen=True, kw_only=True):
 def _figures(completions: Sequence[Completion], wall_s: float, report: Report) -> Figures:
     usages = [completion.response.body.usage for completion in completions if completion.response]
     tokens_out = sum(usage.completion_tokens for usage in usages)
+    first_tokens_s = [one.timing.time_to_first_token_ms / 1000 for one in completions if one.timing]
     return Figures(
         num_answered=len(usages),
         num_failed=len(completions) - len(usages),
@@ -238,7 +239,7 @@ def _figures(completions: Sequence[Completion], wall_s: float, report: Report) -
         tokens_cached=sum(usage.prompt_tokens_details.cached_tokens for usage in usages),
         tokens_out=tokens_out,
         tokens_per_s=round(tokens_out / wall_s, 1),
-        first_token_s=round(median(one.timing.time_to_first_token_ms / 1000 for one in completions if one.timing), 3),
+        first_token_s=round(median(first_tokens_s), 3) if first_tokens_s else 0.0,
         drafts_accepted=sum(usage.completion_tokens_details.accepted_prediction_tokens for usage in usages),
         drafts_rejected=sum(usage.completion_tokens_details.rejected_prediction_tokens for usage in usages),
         price=report.price,
@@ -279,7 +280,7 @@ def _for_model(line: bytes, model: str) -> AnyGenerate:
 
 @contextmanager
 def _phase(name: str) -> Iterator[Progress]:
-    """Shows what is being waited for, and afterwards how long it took."""
+    """Shows what is being waited for, and afterwards how long that took."""
     began_s = time.monotonic()
     with progress() as report:
         report(name)

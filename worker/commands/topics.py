@@ -4,6 +4,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter, validators
 
+from worker.brokers.kafka_client import TopicSpec, count_partitions, create_topics
 from worker.commands.output import Json, print_json, print_table
 from worker.config import Kafka, Topics
 
@@ -41,8 +42,6 @@ async def create(
     replicas
         Of each partition; -1: as the cluster is set up.
     """
-    from worker.brokers.kafka_client import TopicSpec, create_topics
-
     specs = [
         TopicSpec(
             name=name,
@@ -66,10 +65,10 @@ async def create(
 async def list_topics(*, kafka: Brokers = Kafka(), topics: Topics = Topics(), json: Json = False) -> int:
     """List the topics that workers need, with their partitions; exit code 1 if one is missing.
 
-    tokenmill topics list --brokers kafka:9092
-    """
-    from worker.brokers.kafka_client import count_partitions
+    For example, before workers are started:
 
+        tokenmill topics list --brokers kafka:9092
+    """
     counts = await count_partitions(kafka.client(), list(topics.by_setting.values()))
     rows = [{"topic": name, "for": setting, "partitions": counts[name]} for setting, name in topics.by_setting.items()]
     if json:

@@ -15,6 +15,8 @@ from rich.text import Text
 from schemas.codec import AnyResult
 from schemas.cost import CostEvent, MeterReading, dollars, picodollars
 from schemas.results import Completion
+from worker.brokers.kafka_client import tail
+from worker.commands.answers import decode, headline, printable
 from worker.commands.output import Json, console, print_json
 from worker.config import Kafka, Topics
 
@@ -45,9 +47,6 @@ async def watch(
     from_start
         Begin with the oldest that the topics keep, not with the next.
     """
-    from worker.brokers.kafka_client import tail
-    from worker.commands.answers import decode, headline
-
     tally = Tally()
     live = Live(console=console(), refresh_per_second=REFRESHES_PER_S, get_renderable=tally.render)
     async with tail(kafka.client(), [topics.completions, topics.costs], from_start=from_start) as records:
@@ -120,8 +119,7 @@ class Tally:
 
 
 def _row(completion: Completion) -> tuple[str, ...]:
-    name = completion.custom_id or "?"
-    tenant = completion.tenant or "?"
+    name, tenant = printable(completion.custom_id or "?"), printable(completion.tenant or "?")
     if completion.response is None:
         return (name, tenant, completion.error.code if completion.error else "", "", "", "", "")
     usage = completion.response.body.usage

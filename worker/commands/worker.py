@@ -17,7 +17,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from worker.config import Settings, model_folder
-from worker.errors import Fatal, Misconfigured
+from worker.errors import Misconfigured
 
 SLOTS_MAX = 1024  # workers on one host
 
@@ -35,14 +35,14 @@ async def worker(*, settings: Annotated[Settings, Parameter(name="*")] = Setting
     The state of its work is in Kafka alone: kill it at any moment, and start as many as there are partitions.
     """
     model_folder(settings.model)  # before the imports below, which take seconds
-    with _own_name(settings.worker) as name:
+    with own_name(settings.worker) as name:
         from worker.start import run
 
         return await run(replace(settings, worker=name))
 
 
 @contextmanager
-def _own_name(given: str) -> Iterator[str]:
+def own_name(given: str) -> Iterator[str]:
     """A name that is this process's alone on this host while the body runs.
 
     The name makes the transactional id. Brokers remember each id for a week, so names come from a bounded set: the
