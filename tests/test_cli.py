@@ -13,6 +13,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ from worker import cli
 from worker.brokers.base import Outgoing
 from worker.brokers.kafka_client import Sender, read_all, tail
 from worker.brokers.kafka_settings import KafkaSettings
-from worker.cli import COMMANDS, EXIT_USAGE, command_line, main
+from worker.cli import COMMANDS, EXIT_USAGE, main
 from worker.commands.answers import Teller, printable
 from worker.commands.demo import REQUESTS
 from worker.commands.worker import own_name
@@ -149,7 +150,8 @@ class TestHowItEnds:
 
     def test_the_version_is_printed(self, capsys, monkeypatch):
         monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 1.2.3")
-        assert command_line().version() == "tokenmill 1.2.3"
+        main(["--version"])
+        assert capsys.readouterr().out.strip() == "tokenmill 1.2.3"
 
 
 class TestWorkerNames:
@@ -167,6 +169,7 @@ class TestWorkerNames:
         command = [sys.executable, "-c", program]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=Path(__file__).parents[1]) as other:
+            assert other.stdout
             taken = other.stdout.readline().strip()
             with own_name("") as mine:
                 assert mine != taken
@@ -329,6 +332,7 @@ class TestOnABroker:
             for one in sent:
                 record = records[one["input"]["partition"], one["input"]["offset"]]
                 request = decode_request(record.value, record.headers)
+                assert isinstance(request, Chat)
                 assert request.custom_id == one["custom_id"] == header_text(record.headers, "ce_id")
                 assert (request.tenant, request.body.n, request.body.temperature) == ("ann", 2, 0)
                 assert (request.body.model, request.body.max_completion_tokens) == ("smollm2-moe", 5)
@@ -435,7 +439,10 @@ def chunk(source: Input, sequence: int, text: str) -> Chunk:
 
 def completion(source: Input, text: str | None) -> Completion:
     """An answer; without a text, a failure."""
-    about = {"id": f"{source.topic}-{source.partition}-{source.offset}", "custom_id": f"request-{source.offset}"}
+    about: dict[str, Any] = {
+        "id": f"{source.topic}-{source.partition}-{source.offset}",
+        "custom_id": f"request-{source.offset}",
+    }
     about |= {"tenant": "t", "input": source, "worker": "w"}
     if text is None:
         return Completion(**about, response=None, error=Failed(code="CONTEXT_EXCEEDED", message="too long"))
