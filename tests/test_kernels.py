@@ -403,9 +403,10 @@ def test_no_rows_draw_no_tokens(any_ops: Ops) -> None:
 
 @pytest.mark.parametrize("num_top", [0, 1, 20, 300])
 @pytest.mark.parametrize("vocab_size", [300, 5000])
-def test_logprobs_agree_with_the_definition_on_ties_too(ops: Ops, vocab_size: int, num_top: int) -> None:
+@pytest.mark.parametrize("spread", [0, 1])  # of one row: 0 makes all its tokens equally likely
+def test_logprobs_agree_with_the_definition_on_ties_too(ops: Ops, spread: int, vocab_size: int, num_top: int) -> None:
     logits = torch.randn(4, vocab_size).bfloat16().float()  # bf16 has many equal values
-    logits[3] = 0.0
+    logits[3] *= spread
     chosen = torch.tensor([0, 5, vocab_size - 1, 2])
     actual, expected = (table.logprobs(logits, chosen, num_top) for table in (ops, reference.OPS))
     assert torch.equal(actual[1], expected[1])
