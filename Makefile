@@ -14,12 +14,13 @@ help: ## List what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Set up .venv with the command `tokenmill` in it
+	@echo "The command is $(BIN)/tokenmill; 'source $(BIN)/activate' puts it on your path."
 
 # Ends at once when nothing has changed: the stamp is younger than the two files that say what is installed.
 # uv takes half a minute where pip takes two; pip does it where uv cannot be had.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "tokenmill needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | tail -n 1)." >&2; \
+		echo "tokenmill needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
 		echo "Name another with  make install PYTHON=python3.12" >&2; exit 1; }
 	@echo "[1/3] .venv with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
