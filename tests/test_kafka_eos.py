@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests.broker_contract import Owner, transact
+from tests.broker_contract import Owner, read, transact
 from tests.kafka_proxy import END_TXN, HEARTBEAT, JOIN_GROUP, OFFSET_FETCH, TXN_OFFSET_COMMIT, KafkaProxy
 from worker.brokers.base import Broker, Outgoing, Place, Position
 from worker.brokers.kafka import KafkaBroker
-from worker.brokers.kafka_client import TopicSpec, create_topics, read_all
+from worker.brokers.kafka_client import Sender, TopicSpec, create_topics, read_all
 from worker.brokers.kafka_eos import OPEN_TOO_LONG_S
 from worker.brokers.kafka_settings import KafkaSettings
 from worker.errors import Fenced, Misconfigured, OutcomeUnknown
@@ -265,3 +265,15 @@ async def test_a_record_that_its_topic_refuses_names_the_setting_to_raise(stage)
     await transact(a.broker, [stage.record(b"small")], {}, a.membership)
     await a.broker.commit()
     assert await stage.committed() == [b"small"]
+
+
+async def test_a_record_larger_than_a_fetch_is_read(stage):
+    big = TopicSpec(name=f"{stage.topic}-big", partitions=1, config={"max.message.bytes": str(8 << 20)})
+    await create_topics(stage.direct, [big])
+    value = b"".join(uuid.uuid4().bytes for _ in range(3 << 16))  # 3 MiB; a partition's share of a fetch is 1 MiB
+    async with Sender(stage.direct) as sender:
+        await (await sender.send(Outgoing(topic=big.name, key=None, value=value)))
+    stage.topic, stage.place = big.name, Place(big.name, 0)
+    a = await stage.owner("a", proxied=False)
+    (record,) = await read(a.broker, a.places, 1)
+    assert record.value == value

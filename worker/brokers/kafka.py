@@ -153,7 +153,6 @@ class KafkaBroker:
             auto_offset_reset="none",  # positions come from `positions`, never from a default
             enable_auto_commit=False,
             fetch_max_wait_ms=settings.fetch_max_wait_ms,
-            max_partition_fetch_bytes=settings.record_bytes_max,
             **self._options,
         )
 
