@@ -154,7 +154,7 @@ def test_attention_agrees_with_the_definition_and_reads_no_unused_slot(
 ) -> None:
     num_heads, num_groups = heads
     cache = Cache(sequences, num_groups, 16, dtype)
-    query = torch.randn(cache.batch.query_starts[-1], num_heads, 16).to(dtype)
+    query = torch.randn(cache.batch.query_starts[-1], num_heads + 2, 16).to(dtype)[:, :num_heads]  # not contiguous
     expected = reference.attention(query, cache.key_cache, cache.value_cache, cache.batch, 0.3)
     assert expected.isfinite().all()
     for _ in ("first layer", "a later layer, by the plan of the first"):

@@ -60,7 +60,7 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, group: _Group
     output = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=group.mask, scale=scale, enable_gqa=not group.is_folded
     )
-    output = output.view(group.num_sequences, num_heads, num_queries, head_size)
+    output = output.reshape(group.num_sequences, num_heads, num_queries, head_size)
     return output.transpose(1, 2).reshape(num_rows, num_heads, head_size)
 
 
