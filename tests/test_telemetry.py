@@ -247,22 +247,6 @@ def test_a_header_that_is_no_trace_context_starts_a_trace_of_its_own(recorder: R
     assert "WARNING" not in recorder.log.getvalue().upper()
 
 
-def test_results_carry_the_requests_trace_on(recorder: Recorder):
-    recorder.telemetry.admitted(1, record(), GENERATE)
-    ((name, value),) = recorder.telemetry.trace_headers(1)
-    recorder.telemetry.completed(1, [USAGE], ["stop"])
-    span = recorder.span("process tokenmill.requests")
-    assert (name, value.decode()) == ("traceparent", f"00-{TRACE}-{span.context.span_id:016x}-01")
-
-
-def test_without_a_collector_the_callers_own_traceparent_is_carried_on(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv(COLLECTOR, raising=False)
-    with open_exporters("w-1") as exporters:
-        telemetry = Telemetry(exporters.meters, exporters.tracers, worker="w-1", group="g")
-        telemetry.admitted(1, record(), GENERATE)
-        assert telemetry.trace_headers(1) == (("traceparent", f"00-{TRACE}-{PARENT}-01".encode()),)
-
-
 # ----------------------------------------------------------------------------------------------------- no prompt text
 
 

@@ -10,6 +10,7 @@ what was not committed, the next owner does again.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -138,6 +139,8 @@ class Service:
                 continue
             num_realtime = sum(self._tiers[record.place.topic] == REALTIME for record in records)
             self._admission.polled(poll, num_realtime, time.monotonic())
+            for topic, num_records in Counter(record.place.topic for record in records).items():
+                self._telemetry.polled(topic, num_records)
             for record in records:
                 self._take(record)
 
@@ -285,6 +288,8 @@ class Service:
                 num_attempts = await flush(self._broker, bursts, [self._outbound.meter(reading)], membership)
             except Fenced as error:
                 self._telemetry.fenced(len(partitions))
+                if not error.outcome_known:
+                    self._telemetry.unknown_outcome()
                 await self._hold(tuple(partitions), "lost" if error.outcome_known else "unknown")
                 if self._membership:  # else a rebalance waits for us, and seeks by itself
                     self._seek()

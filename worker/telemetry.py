@@ -103,12 +103,6 @@ class Telemetry:
         )
         self._log.debug("request admitted", request=request, **_where(record))
 
-    def trace_headers(self, request: int) -> Headers:
-        """What goes on the request's results, so that whoever reads them can join its trace."""
-        carrier: dict[str, str] = {}
-        _PROPAGATOR.inject(carrier, trace.set_span_in_context(self._running[request].record))
-        return tuple((name, value.encode()) for name, value in carrier.items())
-
     def first_token(self, request: int) -> None:
         """The request's first output token is there."""
         running = self._running[request]

@@ -1,0 +1,70 @@
+"""On a real broker, with real processes: workers are killed and frozen, and nothing is lost, repeated or billed twice."""
+
+import asyncio
+import random
+import signal
+import time
+import uuid
+
+import pytest
+
+from tests.campaign import Campaign, some_requests, tiny_model
+from worker.config import Kafka
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+async def under_fire(campaign: Campaign, seed: int, num_requests: int, num_kills: int) -> None:
+    """Requests come in while workers are killed at random, and one is frozen for longer than its session."""
+    dice = random.Random(seed)
+    requests = some_requests(dice, campaign.model, num_requests)
+    for name in NAMES:
+        campaign.hire(name)
+    await campaign.ask(requests[: num_requests // 5])
+    await campaign.until_answered(0.5)
+    feeding = asyncio.create_task(feed(campaign, requests[num_requests // 5 :]))
+    frozen = NAMES[0]
+    campaign.signal(frozen, signal.SIGSTOP)
+    thaw_s = time.monotonic() + campaign.session_timeout_s + 3
+    for _ in range(num_kills):
+        await asyncio.sleep(dice.uniform(0.5, 2.5))
+        campaign.replace(dice.choice(NAMES[1:]))
+    await asyncio.sleep(max(0, thaw_s - time.monotonic()))
+    campaign.signal(frozen, signal.SIGCONT)
+    await feeding
+    await campaign.until_answered()
+
+
+async def feed(campaign: Campaign, requests: list[bytes]) -> None:
+    for start in range(0, len(requests), 40):
+        await campaign.ask(requests[start : start + 40])
+        await asyncio.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_kills_and_a_frozen_worker_lose_repeat_and_bill_nothing_twice(kafka, model):
+    async with Campaign(Kafka(brokers=kafka.brokers), f"kills_{uuid.uuid4().hex[:8]}", model).opened() as campaign:
+        await under_fire(campaign, seed=1, num_requests=500, num_kills=5)
+        assert set(await campaign.dismiss()) == {0}
+        late = await campaign.late()
+        assert campaign.violations(late) == []
+        await campaign.caught_up(late)
+        assert campaign.violations(campaign.live) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_the_same_fire_on_stock_commits_answers_requests_twice(kafka, model):
+    """The negative control: without the generation in the commit, the frozen worker's late answers count as well."""
+    campaign = Campaign(Kafka(brokers=kafka.brokers), f"stock_{uuid.uuid4().hex[:8]}", model, stock_commits=True)
+    async with campaign.opened():
+        await under_fire(campaign, seed=1, num_requests=300, num_kills=0)
+        await campaign.dismiss()
+        violations = campaign.violations(await campaign.late())
+        assert any("times" in violation for violation in violations), violations
