@@ -19,8 +19,7 @@ from engine.models.decoder import Decoder, KVCache
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.types import Capacity
-from kernels import reference
-from kernels.ops import Ops
+from kernels.backends import pick
 
 
 def build(config: EngineConfig, model_path: Path, progress: Progress | None = None) -> Core:
@@ -33,7 +32,7 @@ def build(config: EngineConfig, model_path: Path, progress: Progress | None = No
     device = _device(config)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     weights = config.weights if config.weights != "auto" else "fp32" if device.type == "cpu" else "bf16"
-    ops = backend(device)
+    ops = pick(device)
     decoder = load(model_path, ops, weights=weights, dtype=dtype, device=device, progress=progress)
     blocks = BlockCache(_num_blocks(config, decoder), config.block_size)
     cache = KVCache.allocate(decoder.spec, blocks.num_blocks, config.block_size, dtype, device)
@@ -48,11 +47,6 @@ def build(config: EngineConfig, model_path: Path, progress: Progress | None = No
         Meter(),
         capacity,
     )
-
-
-def backend(device: torch.device) -> Ops:
-    """The fastest table that there is for the device."""
-    return reference.OPS
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -30,7 +30,9 @@ class EngineConfig:
     tokens_per_step_max: int = 512  # a prompt's chunk: the longest that a running sequence waits for its next token
     sequences_max: int = 32  # running at once
     drafts_max: int = 0  # proposed for a sequence in one step
-    draft_cost: float = 0.3  # of one more token in a step, as a share of a step with one
+    # Of one more token in a step, as a share of a step with one. On two Zen 4 cores a matrix product takes for each row
+    # more 0.1 of one row's time with int8 weights, 0.2 to 0.5 with fp32; experts that nobody else chose come on top.
+    draft_cost: float = 0.3
     ageing: int = 64  # later requests that may go before one whose priority number is higher by 1
 
     def __post_init__(self) -> None:

@@ -15,14 +15,17 @@ from `core.py`, plans go to the runner, what they brought comes back through `co
 from bisect import insort
 from collections import Counter
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from engine.blocks import BlockCache
 from engine.config import EngineConfig
 from engine.errors import RequestRefused
 from engine.metering import Spent, work_of
-from engine.sequence import Accepted, Rank, Sequence, Share
+from engine.sequence import Accepted, Sequence, Share
 from engine.speculative import Drafting
 from engine.types import EngineStats, Finished, FinishReason, Request, Token
+
+_by_rank = attrgetter("rank")
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Scheduler:
                 leader=leader,
             )
             leader = leader or sequence
-            insort(self._waiting, sequence, key=_rank)
+            insort(self._waiting, sequence, key=_by_rank)
 
     def cancel(self, request_id: int, choice: int | None = None) -> None:
         """No choice of the request, or not the one named, runs on; what did finishes as stopped.
@@ -119,7 +122,7 @@ class Scheduler:
         """The plan has been computed and brought these tokens: sequences have grown, and some are over."""
         for share, brought in zip(plan.shares, accepted, strict=True):
             self._commit(share, brought)
-        self._totals.update(num_steps=bool(plan.shares))
+        self._totals["num_steps"] += 1 if plan.shares else 0
         committed, self._committed = self._committed, Committed()
         return committed
 
@@ -151,9 +154,9 @@ class Scheduler:
         self._blocks.release(sequence)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
-        self._totals.update(num_preemptions=1)
+        self._totals["num_preemptions"] += 1
         self._running.remove(sequence)
-        insort(self._waiting, sequence, key=_rank)
+        insort(self._waiting, sequence, key=_by_rank)
 
     def _admit(self, sequence: Sequence) -> bool:
         """A waiting sequence runs, with its cached prefix and blocks for all its tokens; or there is no room yet."""
@@ -165,12 +168,12 @@ class Scheduler:
             return False
         # A prompt token is saved if it was never computed; other hits are less of a preempted one's work to redo.
         num_saved = max(0, min(num_cached, sequence.num_prompt) - sequence.num_reached)
-        is_new = sequence.num_reached == 0
-        self._totals.update(prefix_hit_tokens=num_saved, prompt_tokens=sequence.num_prompt if is_new else 0)
         sequence.num_cached += num_saved
+        self._totals["prefix_hit_tokens"] += num_saved
+        self._totals["prompt_tokens"] += 0 if sequence.num_reached else sequence.num_prompt
         sequence.reach(num_cached)
         self._waiting.remove(sequence)
-        insort(self._running, sequence, key=_rank)
+        insort(self._running, sequence, key=_by_rank)
         return True
 
     def _commit(self, share: Share, brought: Accepted) -> None:
@@ -190,13 +193,15 @@ class Scheduler:
     def _account(self, share: Share, num_kept: int) -> None:
         """The work of a share is counted, before its sequence grows."""
         sequence = share.sequence
-        num_drafted, num_accepted = len(share.drafts), max(0, num_kept - 1)
-        sequence.drafting.learn(num_drafted, num_accepted)
-        sequence.num_drafted += num_drafted
-        sequence.num_accepted += num_accepted
-        sequence.num_recomputed += share.num_again
         self._committed.spent += work_of(share, num_kept)
-        self._totals.update(num_drafted=num_drafted, num_accepted=num_accepted)
+        sequence.num_recomputed += share.num_again
+        if num_drafted := len(share.drafts):
+            num_accepted = max(0, num_kept - 1)
+            sequence.drafting.learn(num_drafted, num_accepted)
+            sequence.num_drafted += num_drafted
+            sequence.num_accepted += num_accepted
+            self._totals["num_drafted"] += num_drafted
+            self._totals["num_accepted"] += num_accepted
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
         """The sequence is gone, wherever it stood; the step's end tells."""
@@ -214,10 +219,6 @@ class Scheduler:
                 error=error,
             )
         )
-
-
-def _rank(sequence: Sequence) -> Rank:
-    return sequence.rank
 
 
 def _token_events(sequence: Sequence, brought: Accepted, num_tokens: int) -> list[Token]:

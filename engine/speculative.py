@@ -47,11 +47,10 @@ class Drafting:
         return []
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
-        """Account for one verification."""
+        """Account for one verification of at least one draft."""
         # The drafts behind the first wrong one were never judged.
         num_judged = min(num_drafted, num_accepted + 1)
-        if num_judged:
-            self._rate += (1 - RATE_MEMORY) * (num_accepted / num_judged - self._rate)
+        self._rate += (1 - RATE_MEMORY) * (num_accepted / num_judged - self._rate)
 
     def _num_worth(self) -> int:
         """How many drafts bring the most tokens for the work; 0 where plain decoding does."""

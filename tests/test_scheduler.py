@@ -40,14 +40,24 @@ class Journal:
         return sum(c.num_tokens for c in charges if (c.request, c.choice, c.work) == (request, choice, work))
 
 
+def step(engine: ScriptedEngine, journal: Journal) -> None:
+    """One step, with the books checked after it."""
+    journal.note(engine.core.step())
+    sequences = engine.scheduler.sequences
+    engine.blocks.check(sequences)
+    for sequence in sequences:
+        assert sequence.num_computed <= len(sequence.blocks) * engine.blocks.block_size
+        assert sequence.num_computed <= sequence.num_reached < len(sequence.tokens)
+        assert not sequence.drafts
+
+
 def run(engine: ScriptedEngine, journal: Journal | None = None) -> Journal:
-    """Step until nothing is left, with the books checked after each step."""
+    """Step until nothing is left."""
     journal = journal or Journal()
     for _ in range(STEPS_MAX):
         if not engine.core.has_work:
             return journal
-        journal.note(engine.core.step())
-        engine.blocks.check(engine.scheduler.sequences)
+        step(engine, journal)
     raise AssertionError("the engine stands still")
 
 
@@ -116,7 +126,7 @@ def test_every_choice_gets_exactly_its_tokens_whatever_runs_beside_it(
     started_ns = clock.now_ns
     engine.core.meter._mark_ns = started_ns
     journal, submitted = Journal(), {}
-    for step in range(31):
+    for now in range(31):
         for number, (at, drawn) in enumerate(arrivals):
             asked = Request(
                 id=number,
@@ -125,14 +135,13 @@ def test_every_choice_gets_exactly_its_tokens_whatever_runs_beside_it(
                 priority=drawn.priority,
                 cache_salt=drawn.cache_salt,
             )
-            if at == step and len(asked.prompt) < engine.core.capacity.context_max:
+            if at == now and len(asked.prompt) < engine.core.capacity.context_max:
                 engine.core.submit(asked)
                 submitted[number] = asked
         for number, at in cancellations.items():
-            if at == step:
+            if at == now:
                 engine.core.cancel(number)
-        journal.note(engine.core.step())
-        engine.blocks.check(engine.scheduler.sequences)
+        step(engine, journal)
     run(engine, journal)
 
     for number, asked in submitted.items():
