@@ -19,6 +19,7 @@ from schemas.cost import picodollars
 from schemas.requests import Tier
 from worker.admission import BATCH, REALTIME, Admission
 from worker.brokers.kafka import KafkaBroker
+from worker.brokers.kafka_client import require_topics
 from worker.brokers.kafka_settings import KafkaSettings
 from worker.config import Engine, Settings, model_folder
 from worker.cost import Meter
@@ -58,6 +59,7 @@ async def run(settings: Settings, client: KafkaSettings | None = None) -> int:
             steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
             engine = _engine(core, steps)
             client = client or settings.kafka.client(worker=settings.worker, group=settings.group)
+            await require_topics(client, list(settings.topics.by_setting.values()))  # those that we only write to, too
             service = _service(settings, KafkaBroker(client), engine, steps, tokenizer, telemetry, drain, born_ns)
             engine.start()
             probe.service = service
