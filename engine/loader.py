@@ -40,10 +40,6 @@ class _Index(Struct):
     weight_map: dict[str, str]  # tensor name -> file
 
 
-def _silent(bytes_done: int, bytes_total: int) -> None:
-    pass
-
-
 def load(
     path: Path,
     ops: Ops,
@@ -51,7 +47,7 @@ def load(
     weights: str,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    progress: Progress = _silent,
+    progress: Progress | None = None,
 ) -> Decoder:
     """The model of the folder `path`, its layers' matrices in the weight format `weights`, computing in `dtype`.
 
@@ -93,7 +89,7 @@ def _read_config(path: Path) -> tuple[Architecture, ModelSpec]:
 class Checkpoint:
     """The tensors of open shards, under our names: the decoder's `Tensors`."""
 
-    def __init__(self, architecture: Architecture, shards: Sequence[Any], progress: Progress) -> None:
+    def __init__(self, architecture: Architecture, shards: Sequence[Any], progress: Progress | None) -> None:
         self._architecture = architecture
         self._shards = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118  # not a mapping
         self._progress = progress
@@ -133,7 +129,8 @@ class Checkpoint:
         name = self._architecture.tensor_name(parameter)
         tensor: Tensor = self._shards[name].get_tensor(name)
         self._bytes_done += tensor.nbytes
-        self._progress(self._bytes_done, self._bytes_total)
+        if self._progress is not None:
+            self._progress(self._bytes_done, self._bytes_total)
         return tensor
 
 
