@@ -18,17 +18,17 @@ from schemas.cost import CostEvent, MeterReading, picodollars
 from schemas.results import Completion, Input
 from tests.invariants import violations
 from worker.admission import BATCH, REALTIME, Admission
-from worker.brokers.base import Record
+from worker.brokers.base import Broker, Record
 from worker.brokers.memory import Crash, Fault, MemoryBroker
 from worker.brokers.memory_cluster import MemoryCluster
 from worker.config import Limits, Topics
-from worker.cost import Meter
+from worker.cost import Granularity, Meter
 from worker.drain import Drain
 from worker.envelope import Envelope
 from worker.intake import Intake
 from worker.outbound import Outbound
 from worker.price_book import load_price_book
-from worker.service import Service
+from worker.service import Engine, Service
 from worker.telemetry import Telemetry
 from worker.text import Tokenizer, load_tokenizer
 
@@ -102,6 +102,52 @@ class SimulatedEngine:
         return Charge(request=request, choice=choice, work=work, num_tokens=num_tokens, device_ns=ns, index=index)
 
 
+def service(
+    broker: Broker,
+    engine: Engine,
+    steps: "asyncio.Queue[StepResult | BaseException]",
+    drain: Drain,
+    tokenizer: Tokenizer,
+    life: str,
+    *,
+    tokens_max: int = 8192,
+    granularity: Granularity = "token",
+) -> Service:
+    """The worker as it ships, between this broker and this engine. When it admits, it is 1970.
+
+    `life` begins with the worker's name and a #.
+    """
+    name, prices = life.partition("#")[0], load_price_book()
+    return Service(
+        broker=broker,
+        engine=engine,
+        steps=steps,
+        intake=Intake(
+            models=[MODEL],
+            tokenizer=tokenizer,
+            capacity=CAPACITY,
+            limits=Limits(),
+            price_ceiling=prices.ceiling,
+            clock=lambda: 0.0,
+        ),
+        outbound=Outbound(
+            envelope=Envelope(TOPICS, GROUP, name, clock=lambda: 0.0),
+            tokenizer=tokenizer,
+            prices=prices,
+            granularity=granularity,
+            worker=name,
+            life=life,
+        ),
+        admission=Admission(tokens_max=tokens_max, ageing_s=5.0),
+        meter=Meter(worker=name, life=life, rate=picodollars("0.10")),
+        telemetry=Telemetry(NoOpMeterProvider(), NoOpTracerProvider(), worker=name, group=GROUP),
+        drain=drain,
+        tiers={TOPICS.requests: REALTIME, TOPICS.batch: BATCH},
+        flush_interval_s=0.03,
+        life=life,
+    )
+
+
 class SimulatedWorker:
     """One life of one worker. `died` is set however it ends."""
 
@@ -113,41 +159,14 @@ class SimulatedWorker:
         steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
         self._engine = SimulatedEngine(steps, random.Random(life))
         self.drain = Drain(budget_s=5.0, clock=asyncio.get_running_loop().time)
-        prices = load_price_book()
-        self._service = Service(
-            broker=self.broker,
-            engine=self._engine,
-            steps=steps,
-            intake=Intake(
-                models=[MODEL],
-                tokenizer=tokenizer,
-                capacity=CAPACITY,
-                limits=Limits(),
-                price_ceiling=prices.ceiling,
-                clock=lambda: 0.0,
-            ),
-            outbound=Outbound(
-                envelope=Envelope(TOPICS, GROUP, name, clock=lambda: 0.0),
-                tokenizer=tokenizer,
-                prices=prices,
-                granularity="request",  # fewer records, and each is a place to die at
-                worker=name,
-                life=life,
-            ),
-            admission=Admission(tokens_max=8192, ageing_s=5.0),
-            meter=Meter(worker=name, life=life, rate=picodollars("0.10")),
-            telemetry=Telemetry(NoOpMeterProvider(), NoOpTracerProvider(), worker=name, group=GROUP),
-            drain=self.drain,
-            tiers={TOPICS.requests: REALTIME, TOPICS.batch: BATCH},
-            flush_interval_s=0.03,
-            life=life,
-        )
+        # Whole requests: fewer records, and each is a place to die at.
+        self._service = service(self.broker, self._engine, steps, self.drain, tokenizer, life, granularity="request")
         self._tasks = [asyncio.create_task(self._live()), asyncio.create_task(self._engine.run())]
 
     async def _live(self) -> None:
         try:
             await self._service.run()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # whatever it is, it is a violation
             if not _is_crash(error):
                 self.failure = error
         finally:
@@ -166,7 +185,7 @@ class Simulation:
 
     def __init__(self, seed: int, tokenizer_folder: Path, num_requests: int = 6) -> None:
         self.dice = random.Random(seed)
-        self.cluster = MemoryCluster({topic: PARTITIONS for topic in ALL_TOPICS})
+        self.cluster = MemoryCluster(dict.fromkeys(ALL_TOPICS, PARTITIONS))
         self.workers: list[SimulatedWorker] = []
         self._tokenizer = load_tokenizer(tokenizer_folder)
         self._asked = [self._ask(number) for number in range(num_requests)]

@@ -1,8 +1,9 @@
-"""An event loop whose clock jumps: a sleep of a minute costs nothing, and the order of things is the same at every run."""
+"""An event loop whose clock jumps: a sleep of a minute costs nothing, and things happen in the same order each time."""
 
 import asyncio
+import functools
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -39,3 +40,13 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """The result of `main` on a virtual loop of its own."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)
+
+
+def virtually(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The test on a virtual loop of its own."""
+
+    @functools.wraps(test)
+    def on_virtual_loop(*args: Any, **kwargs: Any) -> None:
+        run(test(*args, **kwargs))
+
+    return on_virtual_loop

@@ -105,7 +105,6 @@ class Service:
         self._membership: Membership | None = None  # None: no commit may start
         self._flushing = asyncio.Lock()
         self._has_outcomes = asyncio.Event()
-        self._reading_due_s = 0.0
         self._heard_s: float | None = None  # from the broker
         self._has_left = False
 
@@ -120,6 +119,9 @@ class Service:
                 await self._leave()
                 collecting.cancel()
                 committing.cancel()
+        except BaseExceptionGroup as failures:
+            first = failures.exceptions[0]  # the other tasks were cancelled for it
+            raise first from first.__cause__
         finally:
             await self._broker.stop()
 
@@ -131,7 +133,8 @@ class Service:
             poll = NOTHING if self._drain.is_asked else self._admission.next_poll(time.monotonic())
             held = self._partitions
             records = await self._broker.poll(self._open(poll.tiers), poll.num_max, POLL_S)
-            self._heard_s = time.monotonic()
+            if records:
+                self._heard_s = time.monotonic()
             if held is not self._partitions:
                 # These records were asked for before a rebalance: whose they are cannot be told. Read them again.
                 if self._membership:
@@ -211,17 +214,18 @@ class Service:
             self._telemetry.first_token(token.request)
         was_stopped = answer.is_stopped(token.choice)
         text = answer.take(token)
-        await self._preview(running, token.choice, text)
         if answer.is_stopped(token.choice) and not was_stopped:
             self._engine.cancel(token.request, token.choice)
+        await self._preview(running, token.choice, text)
 
     async def _finished(self, finished: Finished) -> None:
         running = self._running.get(finished.request)
         if running is None:
             return
-        await self._preview(running, finished.choice, running.answer.finish(finished))
+        text = running.answer.finish(finished)
         if running.answer.done:
-            self._answer(running)
+            self._answer(running)  # before the chunk: while that is sent, the partition may go
+        await self._preview(running, finished.choice, text)
 
     async def _preview(self, running: Running, choice: int, text: str) -> None:
         if running.preview and (chunk := running.preview.chunk(choice, text)):
@@ -317,6 +321,7 @@ class Service:
         await self._hold(places, "lost")
         self._seek()
         self._membership = membership
+        self._heard_s = time.monotonic()
         self._has_outcomes.set()
         self._telemetry.assigned(places, membership.generation)
 
@@ -369,7 +374,8 @@ class Service:
                 result = self._steps.get_nowait()
                 if isinstance(result, StepResult):
                     self._meter.step(result)
-            self._let_go(list(self._partitions.values()), "lost")
+            held, self._partitions = self._partitions, {}
+            self._let_go(list(held.values()), "lost")
             await flush(self._broker, {}, [self._outbound.meter(self._meter.reading(final=True))], None)
         self._has_left = True
 

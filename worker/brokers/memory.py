@@ -52,7 +52,7 @@ class MemoryBroker:
         self.group = cluster.groups.setdefault(group, Group(group, cluster))
         self.worker = worker
         self.is_dead = False
-        self._transactional_id = f"{group}-{worker}"
+        self._transactional_id = f"{group}/{worker}"
         self._fault = fault
         self._is_broken = False
         self._must_rejoin = False
@@ -87,7 +87,8 @@ class MemoryBroker:
                 await self.group.join(self)
             if not (records := self._read(places, num_max)):
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self.cluster.changed(), timeout_s)
+                    async with asyncio.timeout(timeout_s):  # wait_for loses a cancel that comes with the change
+                        await self.cluster.changed()
                 records = self._read(places, num_max)
             self._held.update((record.place, record.offset + 1) for record in records)
         return records
