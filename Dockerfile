@@ -26,6 +26,12 @@ COPY engine engine
 COPY worker worker
 RUN --mount=type=cache,target=/root/.cache/uv uv build --quiet --wheel --out-dir /dist
 
+# What we depend on, and nothing else that pyproject.toml says: a change of the linter's rules installs no torch.
+FROM uv AS requirements
+RUN --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
+    python -c "import tomllib; project = tomllib.load(open('/src/pyproject.toml', 'rb'))['project']; \
+    print(*project['dependencies'], *project['optional-dependencies']['demo'], sep='\n')" > /requirements.txt
+
 # ------------------------------------------------------------------------------------------------------ what others made
 FROM ${PYTHON_IMAGE} AS base
 # tini passes signals on: process 1 would not hear one that it has no handler for, and a stop while loading would be a kill.
@@ -44,13 +50,13 @@ ARG TORCH_INDEX=""
 # Compiled now: with the file system read-only, every start would compile torch's 2,000 modules again.
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never
 RUN --mount=type=bind,from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
-    --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
+    --mount=type=bind,from=requirements,source=/requirements.txt,target=/src/requirements.txt \
     --mount=type=bind,source=constraints.txt,target=/src/constraints.txt \
     --mount=type=cache,target=/root/.cache/uv \
     uv venv --quiet /opt/tokenmill \
     && export VIRTUAL_ENV=/opt/tokenmill UV_CONSTRAINT=/src/constraints.txt \
     && if [ -n "${TORCH_INDEX}" ]; then uv pip install --no-deps --default-index "${TORCH_INDEX}" torch; fi \
-    && uv pip install --requirement /src/pyproject.toml --extra demo
+    && uv pip install --requirement /src/requirements.txt
 
 # ------------------------------------------------------------------------------------------------------ what we made
 FROM dependencies AS tokenmill
