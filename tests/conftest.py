@@ -4,9 +4,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import hypothesis
 import pytest
 
 from worker.local_broker import Cluster
+
+# How long an example takes says more about the machine than about the code; each test has its own timeout.
+hypothesis.settings.register_profile("tokenmill", deadline=None)
+hypothesis.settings.load_profile("tokenmill")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from schemas.results import ErrorCode
 from tests import hostile
 from tests.hostile import MODEL, chat, line, record, text
 from tests.tiny_tokenizer import save_byte_level
+from worker import intake as intake_module
 from worker.config import Limits
 from worker.intake import Admitted, Intake, Refused
 from worker.text import load_tokenizer
@@ -177,8 +178,9 @@ def test_a_price_that_may_exceed_the_budget_is_refused_to_the_picodollar(intake)
     assert "0.000000016003" in refused.message
 
 
-def test_an_answer_that_no_record_could_hold_is_refused_before_it_is_paid_for(tokenizer):
-    intake = make_intake(tokenizer, limits=Limits(record_bytes_max=100_000, choices_max=16))
+def test_an_answer_that_no_record_could_hold_is_refused_before_it_is_paid_for(tokenizer, monkeypatch):
+    monkeypatch.setattr(intake_module, "RECORD_BYTES_MAX", 100_000)
+    intake = make_intake(tokenizer)
     admit(intake, chat({"max_tokens": 100, "logprobs": True, "top_logprobs": 5}))
     assert (
         "a record holds 100000"

@@ -43,8 +43,16 @@ def test_an_authority_file_that_is_none_is_named(tmp_path):
 
 def test_the_transactional_id_is_the_same_for_every_life_of_a_worker():
     settings = KafkaSettings(brokers="localhost:9092", group="mill", worker="pod-3")
-    assert settings.transactional_id == "mill-pod-3"
+    assert settings.transactional_id == "mill/pod-3"
     assert settings.transactional_id.startswith(settings.transactional_id_prefix)
+
+
+def test_no_group_has_a_right_to_the_transactions_of_one_whose_name_begins_like_its_own():
+    mill = KafkaSettings(brokers="localhost:9092", group="mill")
+    other = KafkaSettings(brokers="localhost:9092", group="mill-eu")
+    assert not other.transactional_id.startswith(mill.transactional_id_prefix)
+    with pytest.raises(Misconfigured, match="slash"):
+        KafkaSettings(brokers="localhost:9092", group="mill/eu")
 
 
 def test_only_with_tls_is_there_a_context():

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.brokers.base import METADATA_CHARS_MAX, Position
+from worker.errors import Misconfigured
 from worker.offsets import UNFINISHED_MAX, WINDOW_MAX, OffsetLedger, pack, unpack
-
 
 ME = "0123abcd"
 
@@ -75,7 +75,7 @@ def test_two_owners_who_came_equally_far_can_tell_their_commits_apart():
 
 
 def test_metadata_of_another_format_is_refused_not_guessed():
-    with pytest.raises(ValueError, match="unknown format"):
+    with pytest.raises(Misconfigured, match="unknown format"):
         OffsetLedger(Position(0, "?abc"), ME)
 
 
@@ -101,7 +101,7 @@ def test_packing_loses_nothing(first: int, done: list[bool]):
 
 @given(st.randoms(use_true_random=False), st.integers(1, 200))
 def test_every_owner_in_a_chain_works_on_exactly_what_is_unfinished(rng: random.Random, length: int):
-    """Owners take over at any moment, with gaps in the log; each offset is finished once and the last position is the end."""
+    """Owners take over at any moment, with gaps in the log; each offset is finished once, and the end is reached."""
     log = [offset for offset in range(length) if rng.random() < 0.9]
     finished: list[int] = []
     position = Position(0)

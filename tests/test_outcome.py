@@ -252,7 +252,7 @@ def test_one_failed_choice_fails_the_request(ask, tokenizer):
 
 
 def test_an_answer_larger_than_a_record_is_a_failure_that_can_be_sent(ask, tokenizer, mail):
-    answer = ask(chat({"max_tokens": 1 << 18}))
+    answer = ask(chat({"max_tokens": 1 << 16}))
     say(answer, tokenizer, "\x00" * (RECORD_BYTES_MAX // 6))  # six bytes each in JSON
     end(answer)
     assert answer.fault is not None

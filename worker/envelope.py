@@ -14,11 +14,7 @@ from schemas.results import Chunk, Completion, ErrorCode
 from worker.brokers.base import Headers, Outgoing, Record
 from worker.config import Topics
 from worker.errors import RequestError
-from worker.intake import KEY_BYTES_MAX
-
-# Of one record sent. Unless a topic allows more, Kafka refuses a batch above 1,048,588 bytes, and a record that can
-# never be sent would stop its partition for ever. What is between the two is for the frame and our headers.
-RECORD_BYTES_MAX = 1_000_000
+from worker.intake import KEY_BYTES_MAX, RECORD_BYTES_MAX
 
 # Failures that somebody must look at. The others are limits that the caller has set, and is told of.
 DEAD_LETTERED = frozenset({ErrorCode.INVALID_REQUEST, ErrorCode.MODEL_NOT_FOUND, ErrorCode.INFERENCE_ERROR})

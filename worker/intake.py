@@ -33,6 +33,10 @@ TEMPERATURE_MIN = 0.01
 TEXT_BYTES_PER_TOKEN = 8
 LOGPROB_BYTES = 120
 
+# Of one record sent. Unless a topic allows more, Kafka refuses a batch above 1,048,588 bytes, and a record that can
+# never be sent would stop its partition for ever. What is between the two is for the frame and our headers.
+RECORD_BYTES_MAX = 1_000_000
+
 KEY_BYTES_MAX = 4096  # the request's key is repeated on its completion and on each of its cost events
 
 
@@ -104,7 +108,7 @@ class Intake:
 
     def _admit(self, record: Record, generate: AnyGenerate, topic_tier: Tier, id: int) -> Admitted:
         now_s = self._clock()
-        tier = generate.tier or topic_tier
+        tier = generate.tier or topic_tier  # whoever waits in the realtime lane may still ask for the batch price
         self._check(generate, now_s)
         prompt = self._prompt(generate)
         tokens_max = self._tokens_max(generate, len(prompt))
@@ -181,9 +185,9 @@ class Intake:
         """The answer fits into a record: better refused now than thrown away when it is paid for."""
         wanted = _num_logprobs(generate)
         per_token = TEXT_BYTES_PER_TOKEN + (0 if wanted is None else LOGPROB_BYTES * (1 + wanted))
-        if (size := tokens_max * generate.body.n * per_token) > self._limits.record_bytes_max:
+        if (size := tokens_max * generate.body.n * per_token) > RECORD_BYTES_MAX:
             raise invalid(
-                f"the answer may take {size} bytes, and a record holds {self._limits.record_bytes_max}: "
+                f"the answer may take {size} bytes, and a record holds {RECORD_BYTES_MAX}: "
                 "ask for fewer tokens, choices or logprobs"
             )
 

@@ -3,8 +3,8 @@
 Requests finish out of order, a group's position is one number. So a commit carries two things: the lowest unfinished
 offset, and in its metadata the unfinished ones among those up to the highest finished. The next owner starts at the
 first and skips what the second says is done. Without the second, out-of-order completion and exactly-once exclude each
-other. The metadata also names the life that committed it: two owners may come equally far, and each must be able to tell
-its own commit from the other's.
+other. The metadata also names the life that committed it: two owners may come equally far, and each must be able to
+tell its own commit from the other's.
 
 Pure: no clock, no broker. Offsets that never arrive (transaction markers, compaction, retention) count as finished.
 """
@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from worker.brokers.base import Position
+from worker.errors import Misconfigured
 
 # METADATA_CHARS_MAX (worker/brokers/base.py) bounds both. With at most 1,024 unfinished offsets there are at most 2,049
 # runs. A run is one byte long unless it spans 128 offsets, and a window of 16,384 holds 128 of those; one jump past the
-# window may cost 9 bytes more. So 2,186 bytes at the most, 2,982 characters with the owner: a commit can never overflow.
+# window may cost 9 bytes more. So 2,186 bytes at the most, 2,982 characters with the owner: nothing can overflow.
 UNFINISHED_MAX = 1024
 WINDOW_MAX = 16_384
 
@@ -32,7 +33,7 @@ class OffsetLedger:
     def __init__(self, committed: Position, owner: str) -> None:
         """Takes up where the committed position says that the last owner stood. `owner` is the name of this life.
 
-        Raises ValueError for metadata that this project did not write.
+        Raises Misconfigured for metadata that this project did not write.
         """
         unfinished, self._next = unpack(committed)
         self._owner = owner[:OWNER_CHARS_MAX]
@@ -104,7 +105,10 @@ def unpack(position: Position) -> tuple[list[int], int]:
     if not position.metadata:
         return [], position.offset
     if position.metadata[0] != FORMAT:
-        raise ValueError(f"offset metadata of an unknown format: {position.metadata[:16]!r}")
+        raise Misconfigured(
+            f"the group has committed metadata of an unknown format, {position.metadata[:16]!r}: another program, or a "
+            "newer version of this one, uses the same group; give this one another with --group"
+        )
     unfinished: list[int] = []
     start, is_finished = position.offset, False
     _, _, runs = position.metadata.partition(SEPARATOR)

@@ -31,9 +31,8 @@ from schemas.results import (
 )
 from worker.brokers.base import Record
 from worker.choice import Choice
-from worker.envelope import RECORD_BYTES_MAX
 from worker.errors import RequestError
-from worker.intake import Admitted, Refused, input_of
+from worker.intake import RECORD_BYTES_MAX, Admitted, Refused, input_of
 from worker.text import Tokenizer
 
 # What a record holds beside the choices' text: names of 512 characters at 4 bytes, usage, bill, timing, headers.

@@ -89,6 +89,8 @@ def _build(settings: Engine, folder: Path) -> Core:
                 threads=settings.threads,
                 block_size=settings.block_size,
                 cache_tokens=settings.cache_tokens,
+                cache_memory_share=settings.cache_memory_share,
+                context_max=settings.context_max,
                 tokens_per_step_max=settings.tokens_per_step_max,
                 sequences_max=settings.sequences_max,
                 drafts_max=settings.drafts_max,

@@ -1,4 +1,4 @@
-"""The demo model (`SmolLM2MoeForCausalLM`, made by `engine/demo_model.py`), as data.
+"""The demo model (`SmolLM2MoeForCausalLM`, made by `engine/demo_model`), as data.
 
 SmolLM2 is a Llama. Here its feed-forward is cut into a shared expert and routed ones, each chosen expert counted whole.
 """

@@ -68,6 +68,8 @@ class KafkaSettings:
             raise Misconfigured("the session timeout must leave room for three heartbeats")
         if not self.group or not self.worker:
             raise Misconfigured("a worker needs a name and a group")
+        if "/" in self.group:  # it ends the group's name in transactional ids: no group may begin with another's
+            raise Misconfigured(f"group {self.group!r}: a slash has no place in a group's name")
 
     @property
     def addresses(self) -> list[str]:
@@ -87,7 +89,7 @@ class KafkaSettings:
     @property
     def transactional_id_prefix(self) -> str:
         """Shared by the workers of the group, and what their right to WRITE transactional ids is given for."""
-        return f"{self.group}-"
+        return f"{self.group}/"
 
     def client_options(self) -> dict[str, Any]:
         """The keyword arguments that every aiokafka client takes."""
