@@ -106,9 +106,9 @@ class MemoryCluster:
         await self._changed.wait()
 
     def _partition(self, record: Outgoing) -> int:
-        count = self.topics.get(record.topic, 1)
-        if record.partition is not None:
-            return record.partition
+        count = self.topics.get(record.topic)
+        if record.partition is not None or count is None:  # a topic that does not exist has no log 0 either
+            return record.partition or 0
         if record.key is not None:
             return crc32(record.key) % count
         return sum(len(self.logs[Place(record.topic, number)].entries) for number in range(count)) % count

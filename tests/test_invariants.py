@@ -1,0 +1,187 @@
+"""The checker can fail: each thing that may go wrong with answers and money is noticed, and named."""
+
+from msgspec import structs
+
+from schemas.cost import CostEvent, CostKind, MeterReading
+from schemas.results import (
+    Bill,
+    Completion,
+    CompletionTokensDetails,
+    Failed,
+    Input,
+    PromptTokensDetails,
+    Response,
+    TextChoice,
+    TextResult,
+    Usage,
+)
+from tests.invariants import violations
+
+LIFE = "a-life"
+RATE = "3.600000000000"  # dollars an hour: a picodollar a nanosecond
+
+
+def money(picodollars: int) -> str:
+    return f"0.{picodollars:012d}"
+
+
+def place(offset: int) -> Input:
+    return Input(topic="tokenmill.requests", partition=0, offset=offset)
+
+
+def event(offset: int, kind: CostKind, price: int, cost: int, index: int | None = None) -> CostEvent:
+    return CostEvent(
+        id=f"tokenmill.requests-0-{offset}/0/{kind}/{index}",
+        request_id=f"tokenmill.requests-0-{offset}",
+        custom_id="mine",
+        tenant="acme",
+        model="tiny",
+        tier="realtime",
+        choice=0,
+        kind=kind,
+        index=index,
+        tokens=1,
+        price=money(price),
+        cost=money(cost),
+        device_ns=cost,
+        price_book="test",
+        worker="worker",
+        life=LIFE,
+        input=place(offset),
+    )
+
+
+def completion(offset: int, price: int, cost: int, num_output: int) -> Completion:
+    usage = Usage(
+        prompt_tokens=1,
+        completion_tokens=num_output,
+        total_tokens=1 + num_output,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        completion_tokens_details=CompletionTokensDetails(accepted_prediction_tokens=0, rejected_prediction_tokens=0),
+    )
+    choices = [TextChoice(index=0, text="", finish_reason="length")]
+    body = TextResult(id="", created=0, model="tiny", choices=choices, usage=usage, service_tier="realtime")
+    return Completion(
+        id=f"tokenmill.requests-0-{offset}",
+        custom_id="mine",
+        tenant="acme",
+        response=Response(status_code=200, request_id="", body=body),
+        error=None,
+        input=place(offset),
+        worker="worker",
+        bill=Bill(price=money(price), cost=money(cost), price_book="test"),
+    )
+
+
+def failure(offset: int) -> Completion:
+    failed = Failed(code="INFERENCE_ERROR", message="")
+    return structs.replace(completion(offset, 0, 0, 0), response=None, error=failed, bill=None)
+
+
+def reading(**changes) -> MeterReading:
+    """1,000 ns: 65 charged, 30 wasted, 900 idle, 5 held."""
+    balanced = MeterReading(
+        worker="worker",
+        life=LIFE,
+        sequence=1,
+        wall_ns=1000,
+        device_rate=RATE,
+        charged=money(65),
+        wasted={"lost": money(20), "cancelled": money(10)},
+        idle={"loading": money(700), "waiting": money(200)},
+        held=money(5),
+        final=False,
+    )
+    return structs.replace(balanced, **changes)
+
+
+ASKED = [place(0), place(1)]
+ANSWERED = [completion(0, price=7, cost=60, num_output=2), failure(1)]
+COSTS = [
+    event(0, "prompt", price=1, cost=30),
+    event(0, "output", price=3, cost=10, index=0),
+    event(0, "output", price=3, cost=20, index=1),
+    event(1, "discarded", price=0, cost=5),
+]
+READINGS = [reading(sequence=0, wall_ns=0, charged=money(0)), reading()]
+
+
+def found(asked=ASKED, answered=ANSWERED, costs=COSTS, readings=READINGS) -> str:
+    """All violations, as one text."""
+    return "\n".join(violations(asked, answered, costs, readings))
+
+
+def test_a_ledger_in_order_has_no_violations():
+    assert found() == ""
+
+
+def test_a_lost_answer_is_noticed():
+    assert found(answered=ANSWERED[:1], costs=COSTS[:3], readings=[reading(charged=money(60), held=money(10))]) == (
+        "tokenmill.requests-0-1 was never answered"
+    )
+
+
+def test_a_double_answer_is_noticed():
+    assert "tokenmill.requests-0-1 was answered 2 times" in found(answered=[*ANSWERED, failure(1)])
+
+
+def test_an_answer_to_nothing_is_noticed():
+    assert found(answered=[*ANSWERED, failure(2)]) == "tokenmill.requests-0-2 was answered but never asked"
+
+
+def test_a_double_cost_event_is_noticed():
+    assert "/0/output/1 came 2 times" in found(costs=[*COSTS, COSTS[2]])
+
+
+def test_a_lost_cost_event_is_noticed():
+    lines = found(costs=[*COSTS[:2], COSTS[3]])
+    assert "has 2 output tokens and cost events for 1" in lines
+    assert "its cost events say 45 picodollars" in lines
+
+
+def test_a_wrong_price_is_noticed():
+    wrong = completion(0, price=8, cost=60, num_output=2)
+    assert found(answered=[wrong, ANSWERED[1]]) == (
+        "tokenmill.requests-0-0 is billed 0.000000000008, its events say 7 picodollars"
+    )
+
+
+def test_a_wrong_cost_is_noticed():
+    wrong = completion(0, price=7, cost=61, num_output=2)
+    assert found(answered=[wrong, ANSWERED[1]]) == (
+        "tokenmill.requests-0-0 cost 0.000000000061, its events say 60 picodollars"
+    )
+
+
+def test_a_missing_bill_is_noticed():
+    assert "has no bill" in found(answered=[structs.replace(ANSWERED[0], bill=None), ANSWERED[1]])
+
+
+def test_a_failure_that_owes_is_noticed():
+    assert found(costs=[*COSTS[:3], event(1, "discarded", price=1, cost=5)]) == (
+        "tokenmill.requests-0-1 failed and owes 1 picodollars"
+    )
+
+
+def test_cost_events_without_an_answer_are_noticed():
+    assert "tokenmill.requests-0-1 has cost events but no answer" in found(answered=ANSWERED[:1])
+
+
+def test_an_unbalanced_meter_is_noticed():
+    assert found(readings=[reading(idle={"loading": money(700), "waiting": money(201)})]) == (
+        f"life {LIFE}: 1000 picodollars of device time, 1001 accounted for"
+    )
+
+
+def test_a_meter_that_charged_other_than_its_events_is_noticed():
+    assert found(readings=[reading(charged=money(66), held=money(4))]) == (
+        f"life {LIFE}: charged 0.000000000066, its cost events say 65 picodollars"
+    )
+
+
+def test_a_life_without_a_meter_is_noticed():
+    assert found(readings=[]) == f"life {LIFE} has cost events but no meter reading"
+
+
+def test_the_last_reading_of_a_life_counts_in_whatever_order_they_come():
+    assert found(readings=READINGS[::-1]) == ""
