@@ -5,7 +5,7 @@ Serves `send`, `watch` and `demo`. Sees only what is committed; chunks, which ar
 
 import asyncio
 import textwrap
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -133,9 +133,13 @@ class JsonLines:
 
 
 class Teller:
-    """Tells answers to people: what they cost in a line, then what was said; a streamed one while it is said."""
+    """Tells answers to people: what they cost in a line, then what was said; a streamed one while it is said.
 
-    def __init__(self) -> None:
+    `prompts` are repeated with their answers, by custom id.
+    """
+
+    def __init__(self, prompts: Mapping[str, str] | None = None) -> None:
+        self._prompts = prompts or {}
         self.num_answers = 0
         self.num_failures = 0
         self._console = console()
@@ -164,6 +168,8 @@ class Teller:
         self.num_failures += completion.error is not None
         self._end_line()
         self._console.print(headline(completion), style="red" if completion.error else "dim")
+        if prompt := self._prompts.get(completion.custom_id or ""):
+            self._console.print(textwrap.indent(printable(prompt), "> "), style="italic")
         said = texts(completion)
         for number, text in enumerate(said):
             if number or completion.input not in self._streamed:

@@ -23,7 +23,8 @@ from cyclopts import App, Parameter
 from msgspec import Struct
 
 from schemas.codec import decode_request
-from schemas.requests import AnyGenerate
+from schemas.cost import dollars, picodollars
+from schemas.requests import AnyGenerate, Chat
 from schemas.results import Completion
 from worker.brokers.kafka_client import TopicSpec, create_topics
 from worker.brokers.kafka_settings import KafkaSettings
@@ -74,6 +75,7 @@ def demo(
     keep
         Leave Kafka running afterwards, to look at what is there: `tokenmill watch --from-start`.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up, as Ctrl-C does
     requests = [_for_model(line, Path(model).name) for line in REQUESTS.read_bytes().splitlines()]
     with ExitStack() as stack:
         brokers, topics = stack.enter_context(_brokers(kafka, keep))
@@ -84,8 +86,9 @@ def demo(
             create_topics(client, [TopicSpec(name=t, partitions=PARTITIONS) for t in topics.by_setting.values()])
         )
         with _worker(brokers, topics, folder) as worker:
+            teller = JsonLines() if json else Teller({one.custom_id: _prompt(one) for one in requests})
             began_s = time.monotonic()
-            completions = asyncio.run(_converse(client, topics, requests, JsonLines() if json else Teller()))
+            completions = asyncio.run(_converse(client, topics, requests, teller))
             wall_s = time.monotonic() - began_s
             with _phase("stopping the worker"):
                 left_well = worker.stop() == 0
@@ -224,7 +227,8 @@ class Figures(Struct, frozen=True, kw_only=True):
     drafts_accepted: int
     drafts_rejected: int
     price: str
-    device_cost: str
+    device_cost: str  # of the answers
+    device_cost_in_all: str  # of the worker's whole life: loading and waiting too
     difference: str
 
 
@@ -244,6 +248,7 @@ def _figures(completions: Sequence[Completion], wall_s: float, report: Report) -
         drafts_rejected=sum(usage.completion_tokens_details.rejected_prediction_tokens for usage in usages),
         price=report.price,
         device_cost=report.cost,
+        device_cost_in_all=dollars(sum(picodollars(life.device_cost) for life in report.lives)),
         difference=report.difference,
     )
 
@@ -268,6 +273,7 @@ def _print(figures: Figures, json: bool) -> None:
             ("drafts accepted", accepted),
             ("price", f"${figures.price}"),
             ("device cost of the answers", f"${figures.device_cost}"),
+            ("device cost in all, with loading and waiting", f"${figures.device_cost_in_all}"),
             ("ledger's difference", f"${figures.difference}"),
         ),
     )
@@ -276,6 +282,12 @@ def _print(figures: Figures, json: bool) -> None:
 def _for_model(line: bytes, model: str) -> AnyGenerate:
     request = decode_request(line)
     return msgspec.structs.replace(request, body=msgspec.structs.replace(request.body, model=model))
+
+
+def _prompt(request: AnyGenerate) -> str:
+    """What is asked, as far as it is text."""
+    content = request.body.messages[-1].content if isinstance(request, Chat) else request.body.prompt
+    return content if isinstance(content, str) else ""
 
 
 @contextmanager
