@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from schemas.codec import decode_request, encode, event_headers, header_text
 from schemas.requests import Chat
@@ -41,6 +42,7 @@ from worker.brokers.kafka_settings import KafkaSettings
 from worker.cli import COMMANDS, EXIT_USAGE, main
 from worker.commands.answers import Teller, printable
 from worker.commands.demo import REQUESTS
+from worker.commands.watch import Tally
 from worker.commands.worker import own_name
 from worker.config import Topics
 from worker.errors import Fatal, Misconfigured, Unavailable
@@ -290,6 +292,17 @@ class TestWhatIsSaidOfAnAnswer:
         assert teller.num_failures == 1
 
 
+def test_the_watched_sums_are_of_completions_and_costs():
+    tally = Tally()
+    for message in (completion(place(1), "a"), completion(place(2), None), completion(place(3), "b"), None):
+        tally.add(message)
+    assert (tally.num_completions, tally.num_failures, tally.tokens_in, tally.tokens_out) == (3, 1, 6, 8)
+    screen = io.StringIO()
+    Console(width=200, file=screen).print(tally.render())
+    assert "3 answered, 1 failed" in screen.getvalue()
+    assert "CONTEXT_EXCEEDED" in screen.getvalue()
+
+
 @pytest.fixture(scope="module")
 def prefix() -> str:
     """Topics of this module's own; a broker is shared by the whole run."""
@@ -376,6 +389,19 @@ class TestOnABroker:
         assert main(["send", "Is it?", "--wait", "--wait-s", "1", *flags]) == Unavailable.exit_code
         assert "1 of 1 requests are not answered" in capsys.readouterr().err
 
+    def test_what_is_committed_is_watched_until_ctrl_c(self, capsys, flags, kafka, prefix):
+        command = [sys.executable, "-m", "worker", "watch", "--from-start", *flags]
+        for extra, expected in (["--json"], '"custom_id":"request-'), ([], "request-"):
+            with answering(kafka, Topics(prefix=prefix), "It is so."):
+                assert main(["send", "Is it?", "--wait", "--wait-s", "30", *flags]) == 0
+            pipe, root = subprocess.PIPE, Path(__file__).parents[1]
+            with subprocess.Popen([*command, *extra], cwd=root, stdout=pipe, stderr=pipe, text=True) as run:
+                assert run.stdout
+                assert expected in run.stdout.readline()
+                run.send_signal(signal.SIGINT)
+                assert run.communicate(timeout=20)[1] == ""
+                assert run.returncode == 130
+
     def test_an_empty_ledger_reconciles(self, capsys, flags):
         capsys.readouterr()
         prefixless = [*flags[:3], f"cli_{uuid.uuid4().hex[:8]}"]
@@ -411,7 +437,7 @@ def answering(kafka, topics: Topics, text: str | None):
 
     async def until_stopped() -> None:
         serving = asyncio.create_task(serve())
-        while not stop.is_set() and not serving.done():  # noqa: ASYNC110  # set by another thread
+        while not stop.is_set() and not serving.done():  # set by another thread
             await asyncio.sleep(0.05)
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=not serving.done())

@@ -94,7 +94,7 @@ def command_line(arguments: Sequence[str] = ()) -> App:
     def launch(
         *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
         config: Annotated[Path | None, Parameter(env_var="TOKENMILL_CONFIG", group=EVERYWHERE)] = None,
-        debug: Annotated[bool, Parameter(negative="", group=EVERYWHERE)] = False,
+        debug: Annotated[bool, Parameter(negative="", group=EVERYWHERE)] = False,  # noqa: ARG001  # `main` looks
     ) -> object:
         """Run the command with its settings filled in.
 
