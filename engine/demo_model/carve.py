@@ -6,8 +6,9 @@ will be strong. With all experts chosen the mixture is exactly the dense layer: 
 weighs 1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ RIDGE = 30.0  # keeps the least squares well posed: 2,000 tokens for 577 unknown
 class Observation:
     """What one layer's feed-forward saw and did over the calibration text."""
 
-    inputs: Tensor  # (T, C) bf16
-    activations: Tensor  # (T, I) bf16: silu(gate) * up of every neuron
+    inputs: Tensor  # (T, C)
+    activations: Tensor  # (T, I): silu(gate) * up of every neuron
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class Carving:
     router_bias: Tensor  # (E,)
 
 
-def observe(spec: ModelSpec, tensors: Tensors, texts: Sequence[Sequence[int]]) -> Iterator[list[Observation]]:
-    """After each of the texts (token ids), what every layer's feed-forward of the dense model did over it.
+def observe(
+    spec: ModelSpec, tensors: Tensors, texts: Sequence[Sequence[int]], tell: Callable[[Observation], None]
+) -> None:
+    """The dense model has read the texts (token ids), and `tell` has heard of every layer's feed-forward, in order.
 
     The decoder is our own; two entries of its table of operations listen.
     """
-    inputs: list[Tensor] = []
-    activations: list[Tensor] = []
     normed = torch.empty(0)
 
     def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -66,36 +67,37 @@ def observe(spec: ModelSpec, tensors: Tensors, texts: Sequence[Sequence[int]]) -
         return normed, total
 
     def swiglu(gate_up: Tensor) -> Tensor:
-        activation = OPS.swiglu(gate_up)
-        inputs.append(normed.bfloat16())  # a feed-forward's input is the last thing that was normalised
-        activations.append(activation.bfloat16())
-        return activation
+        activations = OPS.swiglu(gate_up)
+        tell(Observation(normed, activations))  # a feed-forward's input is the last thing that was normalised
+        return activations
 
     listening = replace(OPS, add_rms_norm=add_rms_norm, swiglu=swiglu)
-    decoder = Decoder(spec, Weights(tensors, listening, "fp32", torch.float32, torch.device("cpu")))
-    for text in texts:
-        _prefill(decoder, text)
-        yield [Observation(*pair) for pair in zip(inputs, activations, strict=True)]
-        inputs.clear()
-        activations.clear()
+    _read(Decoder(spec, Weights(tensors, listening, "fp32", torch.float32, torch.device("cpu"))), texts)
 
 
-def _prefill(decoder: Decoder, tokens: Sequence[int]) -> None:
-    positions = torch.arange(len(tokens))
-    cache = KVCache.allocate(decoder.spec, num_blocks=1, block_size=len(tokens), dtype=torch.float32)
-    batch = AttentionBatch(torch.zeros(1, 1, dtype=torch.int64), [0, len(tokens)], [len(tokens)], slots=positions)
-    decoder.forward(torch.tensor(tokens), positions, batch, cache, rows=positions[:0])
+def _read(decoder: Decoder, texts: Sequence[Sequence[int]]) -> None:
+    """One step over all texts, each in a block of its own, without logits."""
+    lengths = [len(text) for text in texts]
+    blocks, block_size = torch.arange(len(texts)), max(lengths)
+    positions = torch.cat([torch.arange(length) for length in lengths])  # (T,)
+    batch = AttentionBatch(
+        block_tables=blocks[:, None],
+        query_starts=[0, *accumulate(lengths)],
+        context_lens=lengths,
+        slots=blocks.repeat_interleave(torch.tensor(lengths)) * block_size + positions,
+    )
+    cache = KVCache.allocate(decoder.spec, len(texts), block_size, torch.float32)
+    decoder.forward(torch.tensor([*chain(*texts)]), positions, batch, cache, rows=torch.arange(0))
 
 
-def carve(seen: Sequence[Observation], down: Tensor, mixture: Mixture, seed: int) -> Carving:
+def carve(seen: Observation, down: Tensor, mixture: Mixture, seed: int) -> Carving:
     """One layer's experts, from what it did over all texts. `down` (C, I) tells how much each neuron's word counts."""
-    inputs = torch.cat([one.inputs for one in seen]).float()  # (T, C)
-    strength = torch.cat([one.activations for one in seen]).float().abs() * down.norm(dim=0)  # (T, I)
+    strength = seen.activations.abs() * down.norm(dim=0)  # (T, I)
     by_energy = strength.square().mean(0).argsort(descending=True, stable=True)
     shared, routed = by_energy[: mixture.shared_intermediate], by_energy[mixture.shared_intermediate :]
     experts = routed[_clusters(strength[:, routed].T, mixture.num_experts, seed)]  # (E, intermediate)
     energy = torch.stack([strength[:, expert].norm(dim=1) for expert in experts], dim=1)  # (T, E)
-    solution = _ridge(torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1), energy)  # (C + 1, E)
+    solution = _ridge(torch.cat([seen.inputs, torch.ones(len(seen.inputs), 1)], dim=1), energy)  # (C + 1, E)
     return Carving(shared, experts, router=solution[:-1].T.contiguous(), router_bias=solution[-1].contiguous())
 
 
