@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,18 @@ from tests.invariants import violations
 from tests.tiny_models import tiny_mixtral
 from tests.tiny_tokenizer import save_byte_level
 from tests.worker_process import Job
-from worker.brokers.base import Headers, Outgoing, Record
+from worker.brokers.base import Outgoing, Record
 from worker.brokers.kafka_client import Sender, TopicSpec, create_topics, read_all, tail
 from worker.config import Kafka, Topics
 
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 400  # of the tiny tokenizer
+RECORD_BYTES_MAX = 16 << 20  # of one record asked with: brokers weigh what is compressed, so it may be far above a MiB
 PATIENCE_S = 120.0  # for the last answer: several takeovers on a busy machine
 
 
 def tiny_model(folder: Path) -> Path:
-    """A random Mixtral with a tokenizer and a chat template: a model folder like any other, with no sense in its text."""
+    """A random Mixtral with a tokenizer and a chat template: a model folder like any other, but for sense."""
     path = tiny_mixtral(folder, vocab_size=VOCAB_SIZE, max_position_embeddings=1024)
     return save_byte_level(path)
 
@@ -101,6 +103,10 @@ class Campaign:
         command = [sys.executable, "-m", "tests.worker_process", job]
         self._workers[name] = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=self._log)
 
+    def pid(self, name: str) -> int:
+        """The process that has this name now."""
+        return self._workers[name].pid
+
     def signal(self, name: str, number: signal.Signals) -> None:
         """The worker process gets the signal."""
         os.kill(self._workers[name].pid, number)
@@ -124,22 +130,21 @@ class Campaign:
             self.signal(name, signal.SIGTERM)
         return [await asyncio.to_thread(process.wait, 30) for process in self._workers.values()]
 
-    async def ask(self, values: Sequence[bytes], headers: Sequence[Headers] | None = None) -> None:
+    async def ask(self, values: Sequence[bytes]) -> None:
         """These requests are in the log, spread over the partitions."""
-        async with Sender(self._kafka.client()) as sender:
-            sent = [
-                await sender.send(
-                    Outgoing(
-                        topic=self.topics.requests,
-                        key=str(number).encode(),
-                        value=value,
-                        headers=headers[number] if headers else (),
-                    )
-                )
-                for number, value in enumerate(values)
-            ]
+        topic = self.topics.requests
+        await self.put(
+            [Outgoing(topic=topic, key=str(number).encode(), value=value) for number, value in enumerate(values)]
+        )
+
+    async def put(self, records: Sequence[Outgoing]) -> list[Input]:
+        """These records are in the log and wait for an answer; where each is."""
+        async with Sender(replace(self._kafka.client(), record_bytes_max=RECORD_BYTES_MAX)) as sender:
+            sent = [await sender.send(record) for record in records]
             kept = [await one for one in sent]
-        self.asked += [Input(topic=one.place.topic, partition=one.place.partition, offset=one.offset) for one in kept]
+        asked = [Input(topic=one.place.topic, partition=one.place.partition, offset=one.offset) for one in kept]
+        self.asked += asked
+        return asked
 
     async def until_answered(self, share: float = 1.0) -> bool:
         """Whether that share of the requests has an answer, before patience ends."""

@@ -37,7 +37,7 @@ GROUP = "simulated"
 MODEL = "simulated"
 CAPACITY = Capacity(cache_tokens=4096, context_max=512, vocab_size=256, eos_token_ids=())
 PATIENCE_S = 300.0  # of virtual time: many times what any run takes
-PARTITIONS = 3
+PARTITIONS = 2
 ALL_TOPICS = (
     TOPICS.requests,
     TOPICS.batch,
@@ -183,7 +183,7 @@ def _is_crash(error: BaseException) -> bool:
 class Simulation:
     """A cluster with requests in it, workers that come and go, and what a reader sees at the end."""
 
-    def __init__(self, seed: int, tokenizer_folder: Path, num_requests: int = 6) -> None:
+    def __init__(self, seed: int, tokenizer_folder: Path, num_requests: int = 4) -> None:
         self.dice = random.Random(seed)
         self.cluster = MemoryCluster(dict.fromkeys(ALL_TOPICS, PARTITIONS))
         self.workers: list[SimulatedWorker] = []

@@ -1,4 +1,4 @@
-"""On a real broker, with real processes: workers are killed and frozen, and nothing is lost, repeated or billed twice."""
+"""Real processes on a real broker are killed and frozen; nothing is lost, repeated or billed twice."""
 
 import asyncio
 import random

@@ -15,9 +15,9 @@ from tests.test_schemas import MESSAGES
 from tests.tiny_tokenizer import save_byte_level
 from worker import envelope, outcome
 from worker.config import Limits, Topics
-from worker.envelope import RECORD_BYTES_MAX, Envelope
+from worker.envelope import Envelope
 from worker.errors import RequestError
-from worker.intake import Intake, Refused
+from worker.intake import RECORD_BYTES_MAX, Intake, Refused
 from worker.outcome import Answer, failure
 from worker.stream import Preview
 from worker.text import load_tokenizer

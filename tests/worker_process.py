@@ -1,14 +1,18 @@
-"""A worker as a process of its own, with settings that `tokenmill worker` does not offer: `python -m tests.worker_process
-JSON`. Short sessions make takeovers quick; stock commits are the negative control."""
+"""A worker as a process of its own, with settings that `tokenmill worker` does not offer.
+
+Short sessions make takeovers quick; stock commits are the negative control. `python -m tests.worker_process JSON`.
+"""
 
 import asyncio
 import sys
 from dataclasses import replace
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
 from worker.config import Bill, Engine, Health, Kafka, Settings, Topics
+from worker.cost import Granularity
 from worker.start import run
 
 
@@ -22,7 +26,7 @@ class Job(Struct, frozen=True, kw_only=True):
     model: str
     stock_commits: bool = False
     session_timeout_s: float = 6.0  # Kafka's smallest by default
-    events: str = "token"
+    events: Literal["token", "request"] = "token"
 
 
 def main() -> int:
