@@ -29,7 +29,7 @@ class Sequence:
     leader: "Sequence | None" = None  # choice 0 of the same request, which computes the prompt for all
     is_over: bool = False
 
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(init=False)
     drafts: list[int] = field(default_factory=list)  # proposed for the step being planned, empty between steps
     num_computed: int = 0  # tokens in the cache now, whether by work or by a shared prefix
     num_reached: int = 0  # the most that num_computed has ever been: work below it is done again

@@ -12,6 +12,8 @@ from engine.errors import EngineMisconfigured
 from engine.types import Finished, Request, Sampling, Token
 from tests.tiny_models import VOCAB_SIZE, tiny_llama, tiny_mixtral, transformers_greedy
 
+pytestmark = pytest.mark.timeout(600)  # importing transformers alone has taken 90 s on two busy cores
+
 NUM_TOKENS = 64
 
 PROMPTS = [

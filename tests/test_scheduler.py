@@ -249,6 +249,14 @@ def test_a_newcomer_leaves_each_running_sequence_a_block_to_grow_into():
     assert engine.core.stats().num_running == 1
 
 
+def test_a_small_request_does_not_overtake_a_large_one_that_lacks_room():
+    engine = scripted_engine(block_size=4, cache_tokens=48, sequences_max=4)  # 12 blocks
+    engine.core.submit(request(0, prompt=range(12), tokens_max=20))
+    engine.core.submit(request(1, prompt=[20] * 40, tokens_max=4))  # 10 blocks, and one to spare
+    engine.core.submit(request(2, prompt=[30] * 4, tokens_max=4))  # would fit at once
+    assert [number for number, _ in run(engine).finished] == [0, 1, 2]
+
+
 def test_choices_wait_for_the_prompt_and_share_its_full_blocks():
     engine = scripted_engine(block_size=4, sequences_max=4)
     engine.core.submit(request(0, prompt=range(18), temperature=1.0, num_choices=3))

@@ -67,6 +67,13 @@ def test_drafts_that_win_grow_to_the_most_allowed():
     assert len(drafted.propose([1, 2] * 10, 100)) == 6
 
 
+def test_drafts_behind_the_first_wrong_one_are_not_held_against_it():
+    many, few = drafting(), drafting()
+    many.learn(num_drafted=4, num_accepted=1)
+    few.learn(num_drafted=2, num_accepted=1)
+    assert many._rate == few._rate
+
+
 @given(st.lists(st.integers(0, 2), max_size=6), st.data())
 def test_the_kept_are_the_sampled_up_to_the_first_that_was_not_drafted(drafts, data):
     sampled = data.draw(st.lists(st.integers(0, 2), min_size=len(drafts) + 1, max_size=len(drafts) + 1))
