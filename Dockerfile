@@ -4,7 +4,7 @@
 #   docker build --tag tokenmill:cuda --target cuda .
 #
 # Layers are ordered by how rarely they change: Python, then torch and all else that constraints.txt pins, then our wheel.
-# A change of the code makes the wheel anew and one last layer of a few hundred kilobytes.
+# A change of the code makes the wheel anew and one last layer of two megabytes.
 #
 # hadolint takes the TOKEN in TOKENMILL for a secret:
 # hadolint global ignore=DL3064
