@@ -136,7 +136,7 @@ class BrokerContract:
     async def test_a_record_arrives_as_it_was_sent(self, world, crew):
         topic, out = await world.topic(), await world.topic(2)
         a = await crew.alone(topic)
-        headers = (("ce_id", b"1"), ("ce_id", b"again"), ("empty", b""))
+        headers = (("ce_id", b"1"), ("ce_id", b"again"), ("empty", b""), ("null", None))
         outgoing = Outgoing(topic=out, key=b"key", value=b"value", headers=headers, partition=1)
         await transact(a.broker, [outgoing], {}, a.membership)
         await a.broker.commit()
@@ -151,6 +151,15 @@ class BrokerContract:
         await transact(a.broker, outgoing, {}, a.membership)
         await a.broker.commit()
         assert [(record.key, record.value) for record in await world.committed(out)] == [(b"key", None), (None, b"")]
+
+    async def test_a_record_with_neither_key_nor_value_arrives(self, world, crew):
+        topic, out = await world.topic(), await world.topic()
+        a = await crew.alone(topic)
+        await transact(a.broker, [Outgoing(topic=out, key=None, value=None)], {}, a.membership)
+        await a.broker.commit()
+        (record,) = await world.committed(out)
+        assert not record.key  # an empty one may stand for none
+        assert record.value is None
 
     async def test_records_of_one_key_keep_their_order(self, world, crew):
         topic, out = await world.topic(), await world.topic(3)

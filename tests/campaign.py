@@ -54,7 +54,7 @@ class Reader:
             b"tokenmill.cost.v1": (CostEvent, self.costs),
             b"tokenmill.meter.v1": (MeterReading, self.readings),
         }
-        kind, found = kinds[dict(record.headers)["ce_type"]]
+        kind, found = kinds[dict(record.headers)["ce_type"] or b""]
         assert record.value is not None
         found.append(decode_result(kind, record.value))
 

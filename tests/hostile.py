@@ -187,6 +187,7 @@ REFUSED: dict[str, tuple[str, Record]] = {
     "event twice with data": (BAD, record(b'{"data":' + line(chat()) + b',"data":' + line(chat()) + b"}", EVENT)),
     "schema prefix alone": (BAD, record(b"\0\0\0\0\1")),
     "ten megabytes": (BAD, record(b"x" * (10 << 20))),
+    "ten megabytes without a key": (BAD, record(b"x" * (10 << 20), key=None)),
     # headers and keys
     "unknown content type": (BAD, record(line(chat()), (("content-type", b"application/x-java-serialized-object"),))),
     "JSON under MessagePack's name": (BAD, record(line(chat()), MSGPACK)),

@@ -16,6 +16,7 @@ from engine.types import Capacity, Charge, EngineStats, Finished, FinishReason, 
 from schemas.codec import decode_result
 from schemas.cost import CostEvent, MeterReading, picodollars
 from schemas.results import Completion, Input
+from tests.hostile import MODEL
 from tests.invariants import violations
 from worker.admission import BATCH, REALTIME, Admission
 from worker.brokers.base import Broker, Record
@@ -34,7 +35,6 @@ from worker.text import Tokenizer, load_tokenizer
 
 TOPICS = Topics()
 GROUP = "simulated"
-MODEL = "simulated"
 CAPACITY = Capacity(cache_tokens=4096, context_max=512, vocab_size=256, eos_token_ids=())
 PATIENCE_S = 300.0  # of virtual time: many times what any run takes
 PARTITIONS = 2

@@ -12,12 +12,13 @@ from engine.types import Charge, EngineStats, Finished, FinishReason, Request, S
 from schemas.codec import decode_result
 from schemas.cost import CostEvent, MeterReading, picodollars
 from schemas.results import Chunk, Completion, ErrorCode, TextResult
+from tests.hostile import ADMITTED, MODEL, REFUSED, fuzz
 from tests.invariants import violations
-from tests.simulation import ALL_TOPICS, GROUP, MODEL, TOPICS, service, value
+from tests.simulation import ALL_TOPICS, GROUP, TOPICS, service, value
 from tests.tiny_tokenizer import save_byte_level
 from tests.virtual_time import virtually
 from worker.admission import POLL_RECORDS_MAX
-from worker.brokers.base import Place, Record
+from worker.brokers.base import Headers, Place, Record
 from worker.brokers.memory import Fault, MemoryBroker
 from worker.brokers.memory_cluster import MemoryCluster
 from worker.drain import Drain
@@ -135,9 +136,21 @@ class Stage:
         request = {"url": "/v1/completions", "custom_id": f"r{len(self._asked)}", "body": own, "deadline": deadline}
         self.put(json.dumps(request).encode(), topic, partition)
 
-    def put(self, written: bytes, topic: str = TOPICS.requests, partition: int = 0) -> Record:
-        self._asked.append(self.cluster.produce(topic, written, partition=partition, key=b"key"))
+    def put(
+        self,
+        written: bytes | None,
+        topic: str = TOPICS.requests,
+        partition: int = 0,
+        *,
+        key: bytes | None = b"key",
+        headers: Headers = (),
+    ) -> Record:
+        self._asked.append(self.cluster.produce(topic, written, partition=partition, key=key, headers=headers))
         return self._asked[-1]
+
+    @property
+    def num_asked(self) -> int:
+        return len(self._asked)
 
     @property
     def completions(self) -> list[Completion]:
@@ -280,6 +293,23 @@ async def test_a_malformed_record_is_answered_and_dead_lettered_in_one_transacti
     assert set(malformed.headers) <= set(letter.headers)
     wrote = [stage.cluster.logs[Place(topic, 0)].entries[0] for topic in (TOPICS.completions, TOPICS.dead_letters)]
     assert wrote[0].transaction is wrote[1].transaction is not None
+    assert stage.violations() == []
+
+
+@virtually
+async def test_no_hostile_record_ends_the_worker_or_goes_without_an_answer(tokenizer):
+    stage = Stage(tokenizer)
+    worker = stage.hire()
+    for record in (*(record for _, record in REFUSED.values()), *ADMITTED.values(), *fuzz(1, 500)):
+        stage.put(record.value, headers=record.headers, key=record.key)
+    num_answered = 0
+    while not worker.over.done() and len(stage.completions) < stage.num_asked:
+        for request in worker.engine.submitted[num_answered:]:
+            worker.engine.answers(request)
+        num_answered = len(worker.engine.submitted)
+        await asyncio.sleep(0.1)
+    assert not worker.over.done()
+    assert num_answered > len(ADMITTED)
     assert stage.violations() == []
 
 

@@ -304,7 +304,7 @@ def _trace_carrier(headers: Headers) -> dict[str, str]:
     return {
         name: value.decode("ascii", "ignore")
         for name, value in headers
-        if name in ("traceparent", "tracestate") and len(value) <= TRACE_HEADER_BYTES_MAX
+        if name in ("traceparent", "tracestate") and value and len(value) <= TRACE_HEADER_BYTES_MAX
     }
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from msgspec import Struct
 
-Headers = tuple[tuple[str, bytes], ...]
+Headers = tuple[tuple[str, bytes | None], ...]  # Kafka allows a name twice, and a value of null
 
 METADATA_CHARS_MAX = 4096  # the brokers' default offset.metadata.max.bytes; they count characters
 

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.brokers.base import Membership, Outgoing, Place, Position, RebalanceListener, Record
-from worker.brokers.kafka_client import record_of, require_topics
+from worker.brokers.kafka_client import key_of, record_of, require_topics
 from worker.brokers.kafka_eos import ExactlyOnceProducer, StableConsumer, end_open_transactions
 from worker.brokers.kafka_errors import of_client, of_producer
 from worker.brokers.kafka_sender import GroupMembership
@@ -102,7 +102,9 @@ class KafkaBroker:
 
     async def send(self, record: Outgoing) -> Awaitable[None]:
         delivery = await self._transact(
-            self._producer.send(record.topic, record.value, record.key, record.partition, headers=list(record.headers))
+            self._producer.send(
+                record.topic, record.value, key_of(record), record.partition, headers=list(record.headers)
+            )
         )
         sent: Future[None] = asyncio.get_running_loop().create_future()
         delivery.add_done_callback(lambda done: self._settle(sent, done))
@@ -287,7 +289,7 @@ class _Previews:
                 record = await self._queue.get()
                 with suppress(errors.KafkaError):  # a missing topic, an unreachable leader: it was a preview
                     sent = await producer.send(
-                        record.topic, record.value, record.key, record.partition, headers=list(record.headers)
+                        record.topic, record.value, key_of(record), record.partition, headers=list(record.headers)
                     )
                     sent.add_done_callback(_ignored)
         finally:

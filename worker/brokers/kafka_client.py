@@ -92,7 +92,7 @@ class Sender:
         """Hands the record over; the awaitable returned tells where it is kept. Raises Misconfigured or Unavailable."""
         try:
             sent = await self._producer.send(
-                record.topic, record.value, record.key, record.partition, headers=list(record.headers)
+                record.topic, record.value, key_of(record), record.partition, headers=list(record.headers)
             )
         except errors.UnknownTopicOrPartitionError as error:
             raise topic_missing(record.topic) from error
@@ -161,6 +161,11 @@ async def read_all(settings: KafkaSettings, topics: Sequence[str]) -> list[Recor
                 record_of(raw) for partition, raws in fetched.items() for raw in raws if raw.offset < ends[partition]
             )
         return records
+
+
+def key_of(record: Outgoing) -> bytes | None:
+    """The key to send the record with: Kafka takes one with neither key nor value, aiokafka does not."""
+    return b"" if record.key is None and record.value is None else record.key
 
 
 def record_of(raw: Any) -> Record:
