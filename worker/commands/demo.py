@@ -47,7 +47,7 @@ REQUESTS = Path(__file__).with_name("demo.jsonl")
 SOURCE = "/tokenmill/demo"
 PARTITIONS = 4  # more than one, so that requests finish out of their order; one worker has them all
 DRAFTS_MAX = 4  # n-gram drafts are off by default; here they show
-READY_S = 180.0  # loading takes seconds; the first import of torch on a cold disk can take a minute
+READY_S = 300.0  # loading takes 10 s; on two cores that others kept busy it has taken 90
 ANSWERS_S = 600.0  # 20 short answers take half a minute on two cores
 STOP_S = 30.0  # the worker's own drain takes 12 s at most
 
