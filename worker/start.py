@@ -40,6 +40,10 @@ from worker.text import Tokenizer, load_tokenizer
 # their limit. More would only keep work from other workers.
 INTAKE_CACHES = 2
 
+# Torch aborts a process that ends while a thread is in it, and the exit code with it. The engine looks up after each
+# step, and one takes a second at the most; if it hangs, it has the abort that is left to it.
+ENGINE_STOP_S = 10.0
+
 
 async def run(settings: Settings, client: KafkaSettings | None = None) -> int:
     """Serves until told to leave; returns the exit code. `client` replaces what the settings say of the brokers."""
@@ -64,7 +68,10 @@ async def run(settings: Settings, client: KafkaSettings | None = None) -> int:
             engine.start()
             probe.service = service
             telemetry.ready(health_port=port, cache_tokens=core.capacity.cache_tokens)
-            await service.run()
+            try:
+                await service.run()
+            finally:
+                engine.stop(ENGINE_STOP_S)
         telemetry.stopped(0)
     return 0
 
