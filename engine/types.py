@@ -1,7 +1,7 @@
 """What crosses between the worker and the engine: plain data, once a step.
 
-Owns the structs that both sides know. Nothing here holds a tensor, a Kafka name or an amount of money; moving the engine
-to a process of its own would send exactly these.
+Owns the structs that both sides know. Nothing here holds a tensor, a Kafka name or an amount of money; moving the
+engine to a process of its own would send exactly these.
 """
 
 from enum import StrEnum

@@ -34,7 +34,9 @@ class AttentionBatch:
 class Linear(Protocol):
     """x (T, in) times one prepared matrix (out, in), transposed: (T, out)."""
 
-    def __call__(self, x: Tensor, weight: Any) -> Tensor: ...
+    def __call__(self, x: Tensor, weight: Any) -> Tensor:
+        """The product, in x's number format."""
+        ...
 
 
 @dataclass(frozen=True)

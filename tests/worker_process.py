@@ -12,7 +12,6 @@ import msgspec
 from msgspec import Struct
 
 from worker.config import Bill, Engine, Health, Kafka, Settings, Topics
-from worker.cost import Granularity
 from worker.start import run
 
 
