@@ -90,6 +90,13 @@ def test_every_nanosecond_from_start_to_stop_is_told(desk):
     assert 0 <= elapsed_ns - desk.told_ns < 50_000_000
 
 
+def test_waiting_for_work_is_charged_to_nobody(thread, desk):
+    time.sleep(0.3)  # less than until the next report, so that the wait ends with the work
+    thread.submit(request(1))
+    assert desk.is_finished.wait(TIMEOUT_S)
+    assert sum(result.idle_ns for result in desk.results) > 250_000_000  # the rest: the thread starting
+
+
 def test_an_idle_engine_reports_its_idleness_every_second(thread, desk):
     time.sleep(1.3)
     assert desk.results

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.sampler import uniform
+from engine.sequence import Sequence
 from engine.speculative import Drafting, verify
 from engine.types import Request, Sampling
 from tests.scripted_model import Script, scripted_engine
@@ -65,6 +66,14 @@ def test_drafts_that_win_grow_to_the_most_allowed():
     for _ in range(20):
         drafted.learn(num_drafted=2, num_accepted=2)
     assert len(drafted.propose([1, 2] * 10, 100)) == 6
+
+
+def test_no_draft_stands_where_its_successor_could_not():
+    asked = Request(id=0, prompt=(1, 2, 1, 2), sampling=Sampling(tokens_max=3))
+    sequence = Sequence(request=asked, choice=0, rank=(0, 0, 0), length_max=7, drafting=drafting())
+    sequence.reach(3)
+    sequence.draft()
+    assert sequence.drafts == [1, 2]  # and the step's own token makes three
 
 
 def test_drafts_behind_the_first_wrong_one_are_not_held_against_it():
