@@ -189,7 +189,7 @@ class Campaign:
                 self.live.take(record)
 
 
-def some_requests(dice: random.Random, model: Path, count: int, tokens_max: int = 120) -> list[bytes]:
+def some_requests(dice: random.Random, model: Path, count: int, tokens_max: int = 60) -> list[bytes]:
     """Chats and texts of mixed length, some with several choices, some sampled."""
     return [_request(dice, model.name, number, tokens_max) for number in range(count)]
 

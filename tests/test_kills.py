@@ -47,7 +47,7 @@ async def feed(campaign: Campaign, requests: list[bytes]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_kills_and_a_frozen_worker_lose_repeat_and_bill_nothing_twice(kafka, model):
     async with Campaign(Kafka(brokers=kafka.brokers), f"kills_{uuid.uuid4().hex[:8]}", model).opened() as campaign:
         await under_fire(campaign, seed=1, num_requests=500, num_kills=5)
@@ -59,7 +59,7 @@ async def test_kills_and_a_frozen_worker_lose_repeat_and_bill_nothing_twice(kafk
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_the_same_fire_on_stock_commits_answers_requests_twice(kafka, model):
     """The negative control: without the generation in the commit, the frozen worker's late answers count as well."""
     campaign = Campaign(Kafka(brokers=kafka.brokers), f"stock_{uuid.uuid4().hex[:8]}", model, stock_commits=True)
