@@ -49,7 +49,7 @@ lint: $(STAMP) ## Check style, types and who may import whom
 	@$(BIN)/lint-imports --no-logo
 
 bench: $(STAMP) ## Measure the worker's overhead: the engine alone against the whole service
-	@$(BIN)/python benchmarks/overhead.py
+	@$(BIN)/python -m benchmarks.service
 
 compose-test: $(STAMP) ## Run compose.yaml for real and kill its parts; says so loudly if no Docker engine answers
 	@$(BIN)/python -m tests.compose.run

@@ -64,7 +64,7 @@ async def run(settings: Settings, client: KafkaSettings | None = None) -> int:
             engine = _engine(core, steps)
             client = client or settings.kafka.client(worker=settings.worker, group=settings.group)
             await require_topics(client, list(settings.topics.by_setting.values()))  # those that we only write to, too
-            service = _service(settings, KafkaBroker(client), engine, steps, tokenizer, telemetry, drain, born_ns)
+            service = assemble(settings, KafkaBroker(client), engine, steps, tokenizer, telemetry, drain, born_ns)
             engine.start()
             probe.service = service
             telemetry.ready(health_port=port, cache_tokens=core.capacity.cache_tokens)
@@ -118,7 +118,7 @@ def _engine(core: Core, steps: "asyncio.Queue[StepResult | BaseException]") -> E
     return EngineThread(core, hand_over, hand_over)
 
 
-def _service(
+def assemble(
     settings: Settings,
     broker: KafkaBroker,
     engine: EngineThread,
@@ -128,6 +128,7 @@ def _service(
     drain: Drain,
     born_ns: int,
 ) -> Service:
+    """The service between this broker and this engine; `born_ns` is when the worker's time began to be metered."""
     prices = load_price_book(settings.bill.price_book or DEFAULT_BOOK)
     worker, life = settings.worker, uuid.uuid4().hex
     meter = Meter(worker=worker, life=life, rate=picodollars(settings.bill.device_rate))
