@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import cProfile
 import json
+import logging
 import pstats
 import sys
 import tempfile
@@ -335,6 +336,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also list where the event loop spends its time")
     given = parser.parse_args()
     configure_logs("error", "text")
+    logging.disable(logging.ERROR)  # of the client, to which topics made a moment ago are news
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tokenmill-bench-")))
         folder = _linked(_folder(given.model, scratch), scratch)
