@@ -56,15 +56,3 @@ async def test_kills_and_a_frozen_worker_lose_repeat_and_bill_nothing_twice(kafk
         assert campaign.violations(late) == []
         await campaign.caught_up(late)
         assert campaign.violations(campaign.live) == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-async def test_the_same_fire_on_stock_commits_answers_requests_twice(kafka, model):
-    """The negative control: without the generation in the commit, the frozen worker's late answers count as well."""
-    campaign = Campaign(Kafka(brokers=kafka.brokers), f"stock_{uuid.uuid4().hex[:8]}", model, stock_commits=True)
-    async with campaign.opened():
-        await under_fire(campaign, seed=1, num_requests=300, num_kills=0)
-        await campaign.dismiss()
-        violations = campaign.violations(await campaign.late())
-        assert any("times" in violation for violation in violations), violations
