@@ -58,7 +58,7 @@ def main() -> int:
         banner = f"SKIPPED: compose.yaml was NOT run, because {missing}"
         print(f"{'=' * len(banner)}\n{banner}\n{'=' * len(banner)}", flush=True)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # so that the stack is taken down then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("FAILED: told to stop by SIGTERM"))  # after taking the stack down
     with Stack() as stack:
         return asyncio.run(run(stack))
     return 1  # what failed has been said
