@@ -25,7 +25,8 @@ from tests.tiny_models import tiny_mixtral
 from tests.tiny_tokenizer import save_byte_level
 from tests.worker_process import Job
 from worker.brokers.base import Outgoing, Record
-from worker.brokers.kafka_client import Sender, TopicSpec, create_topics, read_all, tail
+from worker.brokers.kafka_client import TopicSpec, create_topics, read_all, tail
+from worker.commands.answers import send_all
 from worker.config import Kafka, Topics
 
 ROOT = Path(__file__).parents[1]
@@ -139,10 +140,7 @@ class Campaign:
 
     async def put(self, records: Sequence[Outgoing]) -> list[Input]:
         """These records are in the log and wait for an answer; where each is."""
-        async with Sender(replace(self._kafka.client(), record_bytes_max=RECORD_BYTES_MAX)) as sender:
-            sent = [await sender.send(record) for record in records]
-            kept = [await one for one in sent]
-        asked = [Input(topic=one.place.topic, partition=one.place.partition, offset=one.offset) for one in kept]
+        asked = await send_all(replace(self._kafka.client(), record_bytes_max=RECORD_BYTES_MAX), records)
         self.asked += asked
         return asked
 

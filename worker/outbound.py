@@ -47,12 +47,11 @@ class Outbound:
         completion = failure(record, error, self._worker)
         return [self._envelope.completion(completion, record), *self._dead_letter(record, error)]
 
-    def records(self, answer: Answer, account: Account, error: RequestError | None = None) -> Sequence[Outgoing]:
+    def records(self, answer: Answer, account: Account, fault: RequestError | None) -> Sequence[Outgoing]:
         """The completion, its cost events, and a dead letter where somebody must look.
 
-        `error`: the request is given up for this reason, whatever has come of it.
+        `fault`: why it is a failure, be it the answer's own fault or that the request is given up.
         """
-        fault = error or answer.fault
         events = self._bill(answer, account, is_owed=fault is None)
         amount = bill(events, self._prices)
         completion: Completion = answer.give_up(fault, amount) if fault else answer.completion(amount)

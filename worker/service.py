@@ -243,15 +243,16 @@ class Service:
         """The request's answer and bill are in the outbox. `error`: it is given up for this reason."""
         self._forget(running)
         self._meter.close(running.account)
-        records = self._outbound.records(running.answer, running.account, error)
-        self._report(running, error or running.answer.fault)
+        fault = error or running.answer.fault
+        records = self._outbound.records(running.answer, running.account, fault)
+        self._report(running, fault)
         outcome = Outcome(records=records, account=running.account)
         self._finish(running.partition, running.admitted.record.offset, outcome)
 
-    def _report(self, running: Running, error: RequestError | None) -> None:
+    def _report(self, running: Running, fault: RequestError | None) -> None:
         request, answer = running.admitted.request, running.answer
-        if error:
-            self._telemetry.failed(request.id, error.code)
+        if fault:
+            self._telemetry.failed(request.id, fault.code)
             return
         reasons = [answer.finish_reason(choice) or "" for choice in range(request.sampling.num_choices)]
         self._telemetry.completed(request.id, answer.owed, reasons)

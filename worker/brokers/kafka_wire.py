@@ -29,6 +29,11 @@ NO_TAGS: dict[int, bytes] = {}  # ends every struct of a flexible version
 FINALIZED_FEATURES_TAG = 2  # of the ApiVersions response
 
 
+def _by_topic(*fields: tuple[str, Any]) -> tuple[str, CompactArray]:
+    """What a request or a response says of partitions: an array of topics, each with an array of these fields."""
+    return ("topics", CompactArray(("name", _STRING), ("partitions", CompactArray(*fields, _TAGS)), _TAGS))
+
+
 class Exactly:
     """A request in this one version, in the place of an aiokafka request that negotiates one."""
 
@@ -88,23 +93,12 @@ class OffsetFetchResponse(Response):
     API_VERSION = 7
     SCHEMA = Schema(
         ("throttle_time_ms", Int32),
-        (
-            "topics",
-            CompactArray(
-                ("name", _STRING),
-                (
-                    "partitions",
-                    CompactArray(
-                        ("partition", Int32),
-                        ("offset", Int64),
-                        ("leader_epoch", Int32),
-                        ("metadata", _STRING),
-                        ("error_code", Int16),
-                        _TAGS,
-                    ),
-                ),
-                _TAGS,
-            ),
+        _by_topic(
+            ("partition", Int32),
+            ("offset", Int64),
+            ("leader_epoch", Int32),
+            ("metadata", _STRING),
+            ("error_code", Int16),
         ),
         ("error_code", Int16),
         _TAGS,
@@ -131,14 +125,7 @@ class TxnOffsetCommitResponse(Response):
     API_VERSION = 3
     SCHEMA = Schema(
         ("throttle_time_ms", Int32),
-        (
-            "topics",
-            CompactArray(
-                ("name", _STRING),
-                ("partitions", CompactArray(("partition", Int32), ("error_code", Int16), _TAGS)),
-                _TAGS,
-            ),
-        ),
+        _by_topic(("partition", Int32), ("error_code", Int16)),
         _TAGS,
     )
 
@@ -158,22 +145,11 @@ class TxnOffsetCommitRequest(RequestStruct):
         ("generation_id", Int32),
         ("member_id", _STRING),
         ("group_instance_id", _STRING),
-        (
-            "topics",
-            CompactArray(
-                ("name", _STRING),
-                (
-                    "partitions",
-                    CompactArray(
-                        ("partition", Int32),
-                        ("offset", Int64),
-                        ("leader_epoch", Int32),
-                        ("metadata", _STRING),
-                        _TAGS,
-                    ),
-                ),
-                _TAGS,
-            ),
+        _by_topic(
+            ("partition", Int32),
+            ("offset", Int64),
+            ("leader_epoch", Int32),
+            ("metadata", _STRING),
         ),
         _TAGS,
     )
@@ -221,25 +197,14 @@ class EpochProduceResponse(Response):
     API_KEY = 0
     API_VERSION = 12
     SCHEMA = Schema(
-        (
-            "topics",
-            CompactArray(
-                ("topic", _STRING),
-                (
-                    "partitions",
-                    CompactArray(
-                        ("partition", Int32),
-                        ("error_code", Int16),
-                        ("offset", Int64),
-                        ("timestamp", Int64),
-                        ("log_start_offset", Int64),
-                        ("record_errors", CompactArray(("batch_index", Int32), ("message", _STRING), _TAGS)),
-                        ("error_message", _STRING),
-                        _TAGS,
-                    ),
-                ),
-                _TAGS,
-            ),
+        _by_topic(
+            ("partition", Int32),
+            ("error_code", Int16),
+            ("offset", Int64),
+            ("timestamp", Int64),
+            ("log_start_offset", Int64),
+            ("record_errors", CompactArray(("batch_index", Int32), ("message", _STRING), _TAGS)),
+            ("error_message", _STRING),
         ),
         ("throttle_time_ms", Int32),
         _TAGS,
@@ -257,14 +222,7 @@ class EpochProduceRequest(RequestStruct):
         ("transactional_id", _STRING),
         ("required_acks", Int16),
         ("timeout", Int32),
-        (
-            "topics",
-            CompactArray(
-                ("topic", _STRING),
-                ("partitions", CompactArray(("partition", Int32), ("records", CompactBytes), _TAGS)),
-                _TAGS,
-            ),
-        ),
+        _by_topic(("partition", Int32), ("records", CompactBytes)),
         _TAGS,
     )
 
