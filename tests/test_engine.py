@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.core import Core
 from engine.errors import EngineMisconfigured
 from engine.types import Finished, Request, Sampling, Token
-from tests.tiny_models import VOCAB_SIZE, tiny_llama, tiny_mixtral, transformers_greedy
+from tests.tiny_models import SHAPES, VOCAB_SIZE, tiny, tiny_mixtral, transformers_greedy
 
 pytestmark = pytest.mark.timeout(600)  # importing transformers alone has taken 90 s on two busy cores
 
@@ -24,14 +24,21 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[tiny_mixtral, tiny_llama], ids=["mixtral", "llama"])
-def checkpoint(request, tmp_path_factory) -> Path:
-    return request.param(tmp_path_factory.mktemp("model"), seed=7)
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request, tmp_path_factory) -> Path:
+    """A checkpoint of each of the parity suite's shapes."""
+    return tiny(request.param, tmp_path_factory.mktemp("model"), seed=7)
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint) -> list[list[int]]:
-    return [transformers_greedy(checkpoint, prompt, NUM_TOKENS) for prompt in PROMPTS]
+def expected(shape) -> list[list[int]]:
+    return transformers_greedy(shape, PROMPTS, NUM_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """One checkpoint, for what does not hang on its shape."""
+    return tiny_mixtral(tmp_path_factory.mktemp("model"), seed=7)
 
 
 def engine(checkpoint: Path, **settings) -> Core:
@@ -61,43 +68,43 @@ def greedy(core: Core) -> tuple[list[list[int]], list[Finished]]:
     return [[token.token for token in outputs[choice]] for choice in order], [finished[choice] for choice in order]
 
 
-def test_greedy_tokens_are_transformers_own(checkpoint, expected):
-    assert greedy(engine(checkpoint))[0] == expected
+def test_greedy_tokens_are_transformers_own(shape, expected):
+    assert greedy(engine(shape))[0] == expected
 
 
-def test_one_at_a_time_they_are_the_same(checkpoint, expected):
-    assert greedy(engine(checkpoint, sequences_max=1))[0] == expected
+def test_one_at_a_time_they_are_the_same(shape, expected):
+    assert greedy(engine(shape, sequences_max=1))[0] == expected
 
 
 @pytest.mark.parametrize("tokens_per_step_max", [4, 7])
-def test_prompts_in_chunks_change_nothing(checkpoint, expected, tokens_per_step_max):
-    assert greedy(engine(checkpoint, sequences_max=4, tokens_per_step_max=tokens_per_step_max))[0] == expected
+def test_prompts_in_chunks_change_nothing(shape, expected, tokens_per_step_max):
+    assert greedy(engine(shape, sequences_max=4, tokens_per_step_max=tokens_per_step_max))[0] == expected
 
 
-def test_a_cached_prefix_changes_nothing(checkpoint, expected):
-    core = engine(checkpoint, sequences_max=1)
+def test_a_cached_prefix_changes_nothing(shape, expected):
+    core = engine(shape, sequences_max=1)
     greedy(core)
     tokens, finished = greedy(core)
     assert tokens == expected
     assert [f.usage.num_cached for f in finished] == [24, 16, 0, 4]  # all full blocks that leave a token to compute
 
 
-def test_preemption_changes_nothing(checkpoint, expected):
-    tokens, finished = greedy(engine(checkpoint, cache_tokens=112))  # the longest alone needs 92
+def test_preemption_changes_nothing(shape, expected):
+    tokens, finished = greedy(engine(shape, cache_tokens=112))  # the longest alone needs 92
     assert tokens == expected
     assert sum(f.usage.num_preemptions for f in finished) > 0
     assert sum(f.usage.num_recomputed for f in finished) > 0
 
 
-def test_drafts_change_nothing(checkpoint, expected):
-    tokens, finished = greedy(engine(checkpoint, drafts_max=4, draft_cost=0.0))
+def test_drafts_change_nothing(shape, expected):
+    tokens, finished = greedy(engine(shape, drafts_max=4, draft_cost=0.0))
     assert tokens == expected
     assert sum(f.usage.num_drafted for f in finished) > sum(f.usage.num_accepted for f in finished) > 0
 
 
-def test_all_at_once_they_change_nothing(checkpoint, expected):
+def test_all_at_once_they_change_nothing(shape, expected):
     settings = {"cache_tokens": 112, "tokens_per_step_max": 16, "sequences_max": 4, "drafts_max": 3, "draft_cost": 0.0}
-    assert greedy(engine(checkpoint, **settings))[0] == expected
+    assert greedy(engine(shape, **settings))[0] == expected
 
 
 @pytest.mark.parametrize("drafts_max", [0, 3])

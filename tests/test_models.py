@@ -1,9 +1,8 @@
 """The decoder computes what transformers computes, however a sequence is cut into steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,53 +12,15 @@ from engine.loader import load
 from engine.models import Decoder, KVCache
 from kernels.ops import AttentionBatch
 from kernels.reference import OPS
-from tests.tiny_models import VOCAB_SIZE, tiny_llama, tiny_mixtral, transformers_logits
+from tests.tiny_models import SHAPES, VOCAB_SIZE, tiny, transformers_logits
 
 BLOCK_SIZE = 4  # so that 23 tokens fill five blocks and a part
 TOKENS = torch.randint(VOCAB_SIZE, (23,), generator=torch.Generator().manual_seed(7)).tolist()
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,  # with heads of 16: one pair kept, two between, five scaled
-}
-
-Shape = tuple[Callable[..., Path], dict[str, Any]]
-SHAPES: dict[str, Shape] = {
-    "llama": (tiny_llama, {}),
-    "llama, one key-value head, tied": (tiny_llama, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "llama, heads wider than the hidden size": (
-        tiny_llama,
-        {"hidden_size": 42, "num_attention_heads": 6, "head_dim": 32},
-    ),
-    "llama, every head its own, biases": (tiny_llama, {"num_key_value_heads": 4, "attention_bias": True}),
-    "llama, llama3 rope": (tiny_llama, {"head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
-    "llama, linear rope": (tiny_llama, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "mixtral": (tiny_mixtral, {}),
-    "mixtral, 8 experts, 3 chosen, tied": (
-        tiny_mixtral,
-        {"num_local_experts": 8, "num_experts_per_tok": 3, "tie_word_embeddings": True, "num_hidden_layers": 3},
-    ),
-    "mixtral, one chosen, odd hidden size": (
-        tiny_mixtral,
-        {
-            "num_experts_per_tok": 1,
-            "hidden_size": 37,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-        },
-    ),
-}
-
 
 @pytest.fixture(scope="module", params=SHAPES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    make, shape = SHAPES[request.param]
-    return make(tmp_path_factory.mktemp("model"), 3, **shape)
+    return tiny(request.param, tmp_path_factory.mktemp("model"), seed=3)
 
 
 def test_logits_are_those_of_transformers(checkpoint: Path) -> None:

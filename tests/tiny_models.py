@@ -1,8 +1,9 @@
-"""Tiny random Mixtral and Llama checkpoints, made on the spot by transformers, and transformers' own opinion of them.
+"""Tiny random checkpoints, made on the spot by transformers, and transformers' own opinion of them.
 
 Owns the shapes of the parity suite. The text means nothing; the arithmetic must agree.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,50 @@ def tiny_mixtral(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     return _save(tmp / f"mixtral-{seed}", seed, transformers.MixtralForCausalLM, config)
 
 
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # with heads of 16: one pair kept, two between, five scaled
+}
+
+Shape = tuple[Callable[..., Path], dict[str, Any]]
+SHAPES: dict[str, Shape] = {
+    "llama": (tiny_llama, {}),
+    "llama, one key-value head, tied": (tiny_llama, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama, heads wider than the hidden size": (
+        tiny_llama,
+        {"hidden_size": 42, "num_attention_heads": 6, "head_dim": 32},
+    ),
+    "llama, every head its own, biases": (tiny_llama, {"num_key_value_heads": 4, "attention_bias": True}),
+    "llama, llama3 rope": (tiny_llama, {"head_dim": 16, "rope_parameters": _LLAMA3_ROPE}),
+    "llama, linear rope": (tiny_llama, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "mixtral": (tiny_mixtral, {}),
+    "mixtral, 8 experts, 3 chosen, tied": (
+        tiny_mixtral,
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "tie_word_embeddings": True, "num_hidden_layers": 3},
+    ),
+    "mixtral, one chosen, odd hidden size": (
+        tiny_mixtral,
+        {
+            "num_experts_per_tok": 1,
+            "hidden_size": 37,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+        },
+    ),
+}
+
+
+def tiny(name: str, tmp: Path, seed: int = 0) -> Path:
+    """A folder with a random fp32 checkpoint of the shape SHAPES[name]."""
+    make, shape = SHAPES[name]
+    return make(tmp, seed, **shape)
+
+
 def transformers_logits(path: Path, tokens: list[int]) -> Tensor:
     """Transformers' logits (T, V) fp32 after each of the tokens."""
     with torch.inference_mode():
@@ -54,13 +99,22 @@ def transformers_logits(path: Path, tokens: list[int]) -> Tensor:
     return logits
 
 
-def transformers_greedy(path: Path, prompt: list[int], num_tokens: int) -> list[int]:
-    """The `num_tokens` tokens with which transformers goes on, greedily; no token ends it."""
-    model, tokens = _model(path), list(prompt)
+def transformers_greedy(path: Path, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+    """The `num_tokens` tokens with which transformers goes on from each prompt, greedily; no token ends it.
+
+    All prompts go through the model at once, from their first token at every step: a causal model does not see the
+    padding behind a row's end, so there is no mask and no cache to be wrong.
+    """
+    model, ends = _model(path), torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.zeros(len(prompts), int(ends.max()) + num_tokens, dtype=torch.int64)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    rows = torch.arange(len(prompts))
     with torch.inference_mode():
-        for _ in range(num_tokens):
-            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+        for step in range(num_tokens):
+            logits = model(tokens[:, : int(ends.max()) + step], use_cache=False).logits  # (prompts, length, V)
+            tokens[rows, ends + step] = logits[rows, ends + step - 1].argmax(-1)
+    return [row[end : end + num_tokens].tolist() for row, end in zip(tokens, ends.tolist(), strict=True)]
 
 
 def _save(path: Path, seed: int, model_class: Any, config: Any) -> Path:
