@@ -98,9 +98,9 @@ class Campaign:
                 process.wait()
             self._log.close()
 
-    def hire(self, name: str) -> None:
-        """A worker process of this name runs."""
-        job = msgspec.json.encode(msgspec.structs.replace(self._job, name=name)).decode()
+    def hire(self, name: str, *, freezes_at: int = 0) -> None:
+        """A worker process of this name runs. `freezes_at`: the burst of answers at which it stops itself."""
+        job = msgspec.json.encode(msgspec.structs.replace(self._job, name=name, freezes_at=freezes_at)).decode()
         command = [sys.executable, "-m", "tests.worker_process", job]
         self._workers[name] = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=self._log)
 
@@ -117,6 +117,13 @@ class Campaign:
         self.signal(name, signal.SIGKILL)
         self._workers[name].wait()
         self.hire(name)
+
+    async def until_frozen(self, name: str) -> None:
+        """The worker process has stopped itself. Raises TimeoutError when patience ends."""
+        async with asyncio.timeout(PATIENCE_S):
+            look = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+            while not os.waitid(os.P_PID, self.pid(name), look):  # noqa: ASYNC222  # WNOHANG: it does not wait
+                await asyncio.sleep(0.1)
 
     def revive(self) -> list[int]:
         """Workers that ended by themselves run again, as under any supervisor; their exit codes."""

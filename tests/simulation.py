@@ -6,7 +6,6 @@ Everything between the broker and the engine is the code that ships. A run is a 
 import asyncio
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from zlib import crc32
 
 from opentelemetry.metrics import NoOpMeterProvider
@@ -31,13 +30,14 @@ from worker.outbound import Outbound
 from worker.price_book import load_price_book
 from worker.service import Engine, Service
 from worker.telemetry import Telemetry
-from worker.text import Tokenizer, load_tokenizer
+from worker.text import Tokenizer
 
 TOPICS = Topics()
 GROUP = "simulated"
 CAPACITY = Capacity(cache_tokens=4096, context_max=512, vocab_size=256, eos_token_ids=())
 PATIENCE_S = 300.0  # of virtual time: many times what any run takes
 PARTITIONS = 2
+PRICES = load_price_book()
 ALL_TOPICS = (
     TOPICS.requests,
     TOPICS.batch,
@@ -77,7 +77,7 @@ class SimulatedEngine:
     async def run(self) -> None:
         """Steps for ever, faster or slower."""
         while True:
-            await asyncio.sleep(self._dice.uniform(0.001, 0.02))
+            await asyncio.sleep(self._dice.uniform(0.001, 0.02) if self._requests else 0.03)
             self._steps.put_nowait(self._step())
 
     def _step(self) -> StepResult:
@@ -117,7 +117,7 @@ def service(
 
     `life` begins with the worker's name and a #.
     """
-    name, prices = life.partition("#")[0], load_price_book()
+    name = life.partition("#")[0]
     return Service(
         broker=broker,
         engine=engine,
@@ -127,13 +127,13 @@ def service(
             tokenizer=tokenizer,
             capacity=CAPACITY,
             limits=Limits(),
-            price_ceiling=prices.ceiling,
+            price_ceiling=PRICES.ceiling,
             clock=lambda: 0.0,
         ),
         outbound=Outbound(
             envelope=Envelope(TOPICS, GROUP, name, clock=lambda: 0.0),
             tokenizer=tokenizer,
-            prices=prices,
+            prices=PRICES,
             granularity=granularity,
             worker=name,
             life=life,
@@ -183,11 +183,11 @@ def _is_crash(error: BaseException) -> bool:
 class Simulation:
     """A cluster with requests in it, workers that come and go, and what a reader sees at the end."""
 
-    def __init__(self, seed: int, tokenizer_folder: Path, num_requests: int = 4) -> None:
+    def __init__(self, seed: int, tokenizer: Tokenizer, num_requests: int = 4) -> None:
         self.dice = random.Random(seed)
         self.cluster = MemoryCluster(dict.fromkeys(ALL_TOPICS, PARTITIONS))
         self.workers: list[SimulatedWorker] = []
-        self._tokenizer = load_tokenizer(tokenizer_folder)
+        self._tokenizer = tokenizer
         self._asked = [self._ask(number) for number in range(num_requests)]
 
     def hire(self, name: str, fault: Fault | None = None) -> SimulatedWorker:

@@ -20,24 +20,26 @@ def model(tmp_path_factory):
 
 
 async def under_fire(campaign: Campaign, seed: int, num_requests: int, num_kills: int) -> None:
-    """Requests come in while workers are killed at random, and one is frozen for longer than its session."""
+    """Requests come in while workers are killed at random, and one is frozen in mid-flush for longer than its session.
+
+    It holds a burst that others will have answered by the time it wakes up: whether it may still commit it is the test.
+    """
     dice = random.Random(seed)
     requests = some_requests(dice, campaign.model, num_requests)
-    for name in NAMES:
+    frozen, *others = NAMES
+    campaign.hire(frozen, freezes_at=dice.randint(5, 10))
+    for name in others:
         campaign.hire(name)
-    await campaign.ask(requests[: num_requests // 5])
-    await campaign.until_answered(0.5)
-    feeding = asyncio.create_task(feed(campaign, requests[num_requests // 5 :]))
-    frozen = NAMES[0]
-    campaign.signal(frozen, signal.SIGSTOP)
+    feeding = asyncio.create_task(feed(campaign, requests))
+    await campaign.until_frozen(frozen)
     thaw_s = time.monotonic() + campaign.session_timeout_s + 3
     for _ in range(num_kills):
         await asyncio.sleep(dice.uniform(0.5, 2.5))
-        campaign.replace(dice.choice(NAMES[1:]))
+        campaign.replace(dice.choice(others))
     await asyncio.sleep(max(0, thaw_s - time.monotonic()))
-    campaign.signal(frozen, signal.SIGCONT)
     await feeding
-    await campaign.until_answered()
+    await campaign.until_answered()  # the frozen worker's share too
+    campaign.signal(frozen, signal.SIGCONT)
 
 
 async def feed(campaign: Campaign, requests: list[bytes]) -> None:
@@ -56,3 +58,16 @@ async def test_kills_and_a_frozen_worker_lose_repeat_and_bill_nothing_twice(kafk
         assert campaign.violations(late) == []
         await campaign.caught_up(late)
         assert campaign.violations(campaign.live) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_the_same_run_with_stock_commits_answers_and_bills_twice(kafka, model):
+    """The negative control: without the generation in the commit, what the frozen worker held is there again."""
+    name = f"stock_{uuid.uuid4().hex[:8]}"
+    async with Campaign(Kafka(brokers=kafka.brokers), name, model, stock_commits=True).opened() as campaign:
+        await under_fire(campaign, seed=1, num_requests=500, num_kills=5)
+        await campaign.dismiss()
+        found = campaign.violations(await campaign.late())
+        assert any("answered 2 times" in violation for violation in found), found
+        assert any("cost event" in violation and "came 2 times" in violation for violation in found), found

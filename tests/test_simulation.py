@@ -3,16 +3,16 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import structlog
 
 from tests import virtual_time
-from tests.simulation import Simulation
+from tests.simulation import ALL_TOPICS, Simulation
 from tests.tiny_tokenizer import save_byte_level
 from worker.brokers.memory import Crash, FaultAt
 from worker.errors import OutcomeUnknown
+from worker.text import Tokenizer, load_tokenizer
 
 SEEDS = range(20)
 
@@ -26,8 +26,8 @@ def quiet():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_byte_level(tmp_path_factory.mktemp("tokenizer"))
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(save_byte_level(tmp_path_factory.mktemp("tokenizer")))
 
 
 async def survive(simulation: Simulation, fault: FaultAt) -> None:
@@ -46,13 +46,25 @@ async def survive(simulation: Simulation, fault: FaultAt) -> None:
     await simulation.dismiss()
 
 
-def test_a_run_without_faults_answers_all(folder):
+def test_a_run_without_faults_answers_all(tokenizer):
     async def main():
-        simulation = Simulation(0, folder)
+        simulation = Simulation(0, tokenizer)
         await survive(simulation, FaultAt(10**9, Crash()))
         assert simulation.violations() == []
 
     virtual_time.run(main())
+
+
+def test_a_seed_replays_exactly(tokenizer):
+    """To the byte and to the nanosecond: a failure that was seen once can be looked at as often as one likes."""
+
+    async def main():
+        simulation = Simulation(1, tokenizer)
+        await survive(simulation, FaultAt(30, Crash()))
+        logs = {topic: simulation.cluster.committed(topic) for topic in ALL_TOPICS}
+        return logs, asyncio.get_running_loop().time()
+
+    assert virtual_time.run(main()) == virtual_time.run(main())
 
 
 class UnknownAt(FaultAt):
@@ -63,14 +75,14 @@ class UnknownAt(FaultAt):
             await super().__call__(call, moment)
 
 
-def sweep(seed: int, folder: Path, fault_at: Callable[[int], FaultAt]) -> int:
+def sweep(seed: int, tokenizer: Tokenizer, fault_at: Callable[[int], FaultAt]) -> int:
     """Runs with the fault at call 1, 2, 3, ... until a run ends before its fault; the number of such calls."""
     number, reached = 0, True
     while reached:
         number += 1
 
         async def main(number=number):
-            simulation, fault = Simulation(seed, folder), fault_at(number)
+            simulation, fault = Simulation(seed, tokenizer), fault_at(number)
             await survive(simulation, fault)
             assert simulation.violations() == [], f"seed {seed}, fault at call {number}"
             return fault.reached
@@ -80,13 +92,13 @@ def sweep(seed: int, folder: Path, fault_at: Callable[[int], FaultAt]) -> int:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_crash_at_any_broker_call_loses_nothing_and_repeats_nothing(folder, seed):
-    assert sweep(seed, folder, lambda number: FaultAt(number, Crash())) > 40
+def test_a_crash_at_any_broker_call_loses_nothing_and_repeats_nothing(tokenizer, seed):
+    assert sweep(seed, tokenizer, lambda number: FaultAt(number, Crash())) > 40
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_an_unknown_outcome_at_any_call_of_a_transaction_is_resolved(folder, seed):
-    assert sweep(seed, folder, lambda number: UnknownAt(number, OutcomeUnknown())) > 20
+def test_an_unknown_outcome_at_any_call_of_a_transaction_is_resolved(tokenizer, seed):
+    assert sweep(seed, tokenizer, lambda number: UnknownAt(number, OutcomeUnknown())) > 20
 
 
 class Freeze:
@@ -104,11 +116,11 @@ class Freeze:
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_a_zombie_changes_nothing(folder, seed):
+def test_a_zombie_changes_nothing(tokenizer, seed):
     """Frozen at any call, given up by the group, thawed when others have taken over: in the middle or at the end."""
 
     async def main():
-        simulation = Simulation(seed, folder)
+        simulation = Simulation(seed, tokenizer)
         freeze = Freeze(simulation.dice.randint(4, 60))
         zombie = simulation.hire("zombie", freeze)
         simulation.hire("witness")

@@ -1,16 +1,24 @@
 """A worker as a process of its own, with settings that `tokenmill worker` does not offer.
 
-Short sessions make takeovers quick; stock commits are the negative control. `python -m tests.worker_process JSON`.
+Short sessions make takeovers quick; stock commits are the negative control; and it can freeze itself where that hurts
+most. `python -m tests.worker_process JSON`.
 """
 
 import asyncio
+import os
+import signal
 import sys
+from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Literal
+from unittest.mock import patch
 
 import msgspec
 from msgspec import Struct
 
+from worker.brokers.base import Outgoing
+from worker.brokers.kafka import KafkaBroker
+from worker.brokers.kafka_settings import KafkaSettings
 from worker.config import Bill, Engine, Health, Kafka, Settings, Topics
 from worker.start import run
 
@@ -26,6 +34,28 @@ class Job(Struct, frozen=True, kw_only=True):
     stock_commits: bool = False
     session_timeout_s: float = 6.0  # Kafka's smallest by default
     events: Literal["token", "request"] = "token"
+    freezes_at: int = 0  # the burst of answers at which it stops itself; 0: none
+
+
+class SelfFreezing(KafkaBroker):
+    """Stops its process when a burst of answers is decided on and nothing of it sent: no open transaction tells."""
+
+    def __init__(self, settings: KafkaSettings, at: int) -> None:
+        super().__init__(settings)
+        self._bursts_left = at
+        self._is_begun = False
+
+    async def begin(self) -> None:
+        await super().begin()  # asks nobody
+        self._is_begun = True
+
+    async def send(self, record: Outgoing) -> Awaitable[None]:
+        if self._is_begun and dict(record.headers)["ce_type"] == b"tokenmill.completion.v1":
+            self._bursts_left -= 1
+            if self._bursts_left == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+        self._is_begun = False
+        return await super().send(record)
 
 
 def main() -> int:
@@ -49,7 +79,8 @@ def main() -> int:
         bill=Bill(events=job.events),
         health=Health(port=0),
     )
-    return asyncio.run(run(settings, client))
+    with patch("worker.start.KafkaBroker", lambda client: SelfFreezing(client, job.freezes_at)):
+        return asyncio.run(run(settings, client))
 
 
 if __name__ == "__main__":

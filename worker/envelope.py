@@ -21,14 +21,14 @@ DEAD_LETTERED = frozenset({ErrorCode.INVALID_REQUEST, ErrorCode.MODEL_NOT_FOUND,
 
 
 class Envelope:
-    """Makes the records that one worker sends."""
+    """Makes the records that one worker sends. `clock`: the seconds since 1970 that they bear."""
 
     def __init__(self, topics: Topics, group: str, worker: str, clock: Callable[[], float] = time.time) -> None:
         self._topics = topics
         self._group = group
         self._worker = worker
         self._source = f"/tokenmill/{quote(group, safe='')}/{quote(worker, safe='')}"
-        self._clock = clock
+        self.clock = clock
 
     def completion(self, message: Completion, request: Record) -> Outgoing:
         """For whoever waits for the answer."""
@@ -44,7 +44,7 @@ class Envelope:
 
     def meter(self, message: MeterReading) -> Outgoing:
         """For the ledger. The key keeps one life's readings in order, in one partition."""
-        headers = event_headers(message, source=self._source, subject=message.worker, time_s=self._clock())
+        headers = event_headers(message, source=self._source, subject=message.worker, time_s=self.clock())
         return Outgoing(topic=self._topics.costs, key=message.life.encode(), value=encode(message), headers=headers)
 
     def dead_letter(self, request: Record, error: RequestError) -> Outgoing:
@@ -70,7 +70,7 @@ class Envelope:
             message,
             source=self._source,
             subject=subject,
-            time_s=self._clock(),
+            time_s=self.clock(),
             carried=carried_headers(request.headers),
         )
         return Outgoing(topic=topic, key=_key(request), value=encode(message), headers=headers)

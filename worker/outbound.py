@@ -1,7 +1,7 @@
 """What the worker says: the records of an answer with its bill, of a refusal, of a chunk and of a meter reading.
 
 Owns the composition, and nothing that it composes: messages are `outcome.py`'s, money is `cost.py`'s, topics and
-headers are `envelope.py`'s. Pure but for the clock in the headers; the service sends what comes out of here.
+headers are `envelope.py`'s. Pure but for the envelope's clock; the service sends what comes out of here.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Outbound:
 
     def answer(self, admitted: Admitted) -> Answer:
         """An answer to gather the engine's events in."""
-        return Answer(admitted, self._tokenizer, self._worker)
+        return Answer(admitted, self._tokenizer, self._worker, self._envelope.clock)
 
     def refusal(self, record: Record, error: Refused) -> Sequence[Outgoing]:
         """The failure of a record that never became a request."""

@@ -130,18 +130,18 @@ class Service:
     async def _consume(self) -> None:
         """Takes on as much as there is room for. Never stops polling: that is what keeps the membership alive."""
         while not self._has_left:
-            poll = NOTHING if self._drain.is_asked else self._admission.next_poll(time.monotonic())
+            poll = NOTHING if self._drain.is_asked else self._admission.next_poll(_now_s())
             held = self._partitions
             records = await self._broker.poll(self._open(poll.tiers), poll.num_max, POLL_S)
             if records:
-                self._heard_s = time.monotonic()
+                self._heard_s = _now_s()
             if held is not self._partitions:
                 # These records were asked for before a rebalance: whose they are cannot be told. Read them again.
                 if self._membership:
                     self._seek()
                 continue
             num_realtime = sum(self._tiers[record.place.topic] == REALTIME for record in records)
-            self._admission.polled(poll, num_realtime, time.monotonic())
+            self._admission.polled(poll, num_realtime, _now_s())
             for topic, num_records in Counter(record.place.topic for record in records).items():
                 self._telemetry.polled(topic, num_records)
             for record in records:
@@ -287,7 +287,7 @@ class Service:
             self._has_outcomes.clear()
             partitions = self._partitions
             bursts = {place: burst for place, partition in partitions.items() if (burst := partition.burst())}
-            started_s = time.monotonic()
+            started_s = _now_s()
             reading = self._meter.reading(_accounts(bursts.values()))
             try:
                 num_attempts = await flush(self._broker, bursts, [self._outbound.meter(reading)], membership)
@@ -303,9 +303,9 @@ class Service:
                 partitions[place].settle(burst)
             for account in _accounts(bursts.values()):
                 self._meter.charge(account)
-            self._heard_s = time.monotonic()
+            self._heard_s = _now_s()
             num_records = 1 + sum(len(outcome.records) for burst in bursts.values() for outcome in burst.outcomes)
-            self._telemetry.flushed(num_records, time.monotonic() - started_s, num_attempts)
+            self._telemetry.flushed(num_records, _now_s() - started_s, num_attempts)
             self._telemetry.metered(reading)
             self._telemetry.lag(await self._broker.lag())
 
@@ -322,7 +322,7 @@ class Service:
         await self._hold(places, "lost")
         self._seek()
         self._membership = membership
-        self._heard_s = time.monotonic()
+        self._heard_s = _now_s()
         self._has_outcomes.set()
         self._telemetry.assigned(places, membership.generation)
 
@@ -382,13 +382,18 @@ class Service:
 
     def vitals(self) -> Vitals:
         """How the worker is, for the health endpoints."""
-        now_s = time.monotonic()
+        now_s = _now_s()
         return Vitals(
             engine_silence_s=now_s - self._engine.heartbeat_ns / 1e9,
             broker_silence_s=None if self._heard_s is None else now_s - self._heard_s,
             is_assigned=self._membership is not None,
             is_draining=self._drain.is_asked,
         )
+
+
+def _now_s() -> float:
+    """The event loop's clock: monotonic as the engine's, and a simulation's own within a simulation."""
+    return asyncio.get_running_loop().time()
 
 
 def _accounts(bursts: Iterable[Burst]) -> Iterator[Account]:
