@@ -4,7 +4,8 @@ Owns the signatures. `kernels/reference.py` holds the definition of every entry 
 table with some entries replaced (`dataclasses.replace`), so it is right before it has a single kernel. Nothing here is
 global: two engines with two tables live in one process.
 
-Letters: T tokens of the batch, S sequences, H query heads, G key-value heads, D head size, C hidden size,
+Letters: T tokens of the batch, S sequences, H query heads, G key-value heads, D head size (Dv the
+values', where it differs), C hidden size,
 I intermediate size, E experts, K chosen experts, N blocks, B block size, V vocabulary.
 """
 
@@ -39,6 +40,73 @@ class Linear(Protocol):
         ...
 
 
+class Attention(Protocol):
+    """Causal softmax attention over the block cache.
+
+    query (T, H, D), key_cache (N, B, G, D), value_cache (N, B, G, Dv) -> (T, H, Dv). The caches may be views of wider
+    ones: only their last dimension is contiguous. `window`: a row sees that many positions, its own the last; None:
+    all. `sinks` (H,): each head's softmax has one more term, exp(sink), that adds nothing to the output.
+    """
+
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """The values (T, H, Dv) that each row's heads attend to, in query's dtype."""
+        ...
+
+
+class Route(Protocol):
+    """The choice of experts: logits (T, E) -> (weights (T, K) fp32, experts (T, K) int64).
+
+    score: "softmax" over all experts; "sigmoid" of each; "unit": the chosen count 1 each. The weights are made to sum
+    to 1 where `renormalise` says so, then multiplied by `scale`. With more than one group (of E / num_groups
+    neighbouring experts), only those of the `groups_chosen` groups with the largest single logit can be chosen.
+    """
+
+    def __call__(
+        self,
+        logits: Tensor,
+        num_chosen: int,
+        score: str,
+        renormalise: bool,
+        scale: float = 1.0,
+        num_groups: int = 1,
+        groups_chosen: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """Each token's experts, of falling logit, and their weights."""
+        ...
+
+
+class Experts(Protocol):
+    """The routed feed-forwards: x (T, C), weights (T, K), experts (T, K) -> (T, C).
+
+    gate_up[e] and down[e] are prepared matrices (2 I, C) and (C, I) of expert e, multiplied by `linear`, with
+    `activation` (T, 2 I) -> (T, I) between. gate_up_bias (E, 2 I) and down_bias (E, C), both or neither.
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        chosen_weights: Tensor,
+        chosen: Tensor,
+        gate_up: Sequence[Any],
+        down: Sequence[Any],
+        linear: Linear,
+        activation: Callable[[Tensor], Tensor],
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted sum of each token's chosen experts."""
+        ...
+
+
 @dataclass(frozen=True)
 class WeightKernel:
     """How a backend multiplies by one weight format: `prepare` once at load, `linear` at every step.
@@ -66,27 +134,24 @@ class Ops:
     """(x (T, heads, D), cos (T, D/2), sin (T, D/2)) -> (T, heads, D): halves rotated, Llama's layout."""
 
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    """(key (T, G, D), value (T, G, D), key_cache (N, B, G, D), value_cache (N, B, G, D), slots (T,))."""
+    """(key (T, G, D), value (T, G, Dv), key_cache (N, B, G, D), value_cache (N, B, G, Dv), slots (T,)).
 
-    attention: Callable[[Tensor, Tensor, Tensor, AttentionBatch, float], Tensor]
-    """(query (T, H, D), key_cache, value_cache, batch, scale) -> (T, H, D); causal, over the block cache."""
+    The caches may be views of wider ones: only their last dimension is contiguous.
+    """
+
+    attention: Attention
 
     swiglu: Callable[[Tensor], Tensor]
     """(gate and up side by side (T, 2 I)) -> silu(gate) * up (T, I)."""
 
-    route: Callable[[Tensor, int, str, bool], tuple[Tensor, Tensor]]
-    """(logits (T, E), K, score, renormalise) -> (weights (T, K) fp32, experts (T, K) int64).
-
-    score: "softmax" over the experts; "sigmoid" of each; "unit": the chosen count 1 each.
+    clamped_swiglu: Callable[[Tensor, float, float], Tensor]
+    """(gate and up (T, 2 I), alpha, limit) -> gate * sigmoid(alpha * gate) * (up + 1) (T, I), after both are clamped:
+    gate to at most `limit`, up to within plus and minus `limit`.
     """
 
-    experts: Callable[
-        [Tensor, Tensor, Tensor, Sequence[Any], Sequence[Any], Linear, Callable[[Tensor], Tensor]], Tensor
-    ]
-    """(x (T, C), weights (T, K), experts (T, K), gate_up, down, linear, activation) -> (T, C).
+    route: Route
 
-    gate_up[e] and down[e] are prepared matrices (2 I, C) and (C, I) of expert e, multiplied by `linear`.
-    """
+    experts: Experts
 
     sample: Callable[[Tensor, Sequence["SamplingRow"]], Tensor]
     """(logits (R, V) fp32, one SamplingRow for each row) -> token ids (R,) int64.

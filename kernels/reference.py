@@ -42,15 +42,26 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     value_cache.view(-1, *value.shape[1:])[slots] = value.to(value_cache.dtype)
 
 
-def attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
-    """Softmax(query key^T scale) value of each sequence over its own blocks; slots past its context are never read."""
-    outputs = [
-        _attend(query[start:end], _context(key_cache, table, length), _context(value_cache, table, length), scale)
-        for table, (start, end), length in zip(
-            batch.block_tables, pairwise(batch.query_starts), batch.context_lens, strict=True
-        )
-    ]
-    return torch.cat(outputs) if outputs else torch.empty_like(query)
+def attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax(query key^T scale) value of each sequence over its own blocks; slots past its context are never read.
+
+    Windows as in Mistral (arXiv 2310.06825), sinks as in GPT-OSS (after arXiv 2309.17453).
+    """
+    outputs = []
+    for table, (start, end), length in zip(
+        batch.block_tables, pairwise(batch.query_starts), batch.context_lens, strict=True
+    ):
+        key, value = _context(key_cache, table, length), _context(value_cache, table, length)
+        outputs.append(_attend(query[start:end], key, value, scale, window, sinks))
+    return torch.cat(outputs) if outputs else query.new_empty(*query.shape[:2], value_cache.shape[-1])
 
 
 def _context(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
@@ -60,14 +71,21 @@ def _context(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
     return cache[block_table[position // block_size], position % block_size].float()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, sinks: Tensor | None
+) -> Tensor:
     """The Q rows of query (Q, H, D) stand at the last Q of key's and value's positions; each sees up to its own."""
     num_queries, num_heads, _ = query.shape
     heads_per_group = num_heads // key.shape[1]
     key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))  # (length, H, D)
     scores = torch.einsum("qhd,khd->hqk", query.float(), key) * scale
-    unseen = torch.ones(scores.shape[1:], dtype=torch.bool, device=query.device).triu(len(key) - num_queries + 1)
-    probabilities = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+    position = torch.arange(len(key), device=query.device)
+    distance = position[len(key) - num_queries :, None] - position  # (Q, length): how far back a position lies
+    unseen = (distance < 0) | (distance >= (window or len(key)))
+    scores = scores.masked_fill(unseen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(-1, 1, 1).expand(-1, num_queries, 1)], dim=-1)
+    probabilities = scores.softmax(-1)[..., : len(key)]
     return torch.einsum("hqk,khd->qhd", probabilities, value).to(query.dtype)
 
 
@@ -77,15 +95,39 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (functional.silu(gate) * up).to(gate_up.dtype)
 
 
-def route(logits: Tensor, num_chosen: int, score: str, renormalise: bool) -> tuple[Tensor, Tensor]:
-    """The experts of the largest logits, by which all scores rise; the lower expert on ties.
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """GPT-OSS's gate (arXiv 2508.10925): a sharper sigmoid, bounded inputs, and up counted from 1."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(gate_up.dtype)
 
-    Raises ValueError for an unknown score.
+
+def route(
+    logits: Tensor,
+    num_chosen: int,
+    score: str,
+    renormalise: bool,
+    scale: float = 1.0,
+    num_groups: int = 1,
+    groups_chosen: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The experts of the largest logits, by which all scores rise; the lower expert, and the lower group, on ties.
+
+    Groups as in DeepSeek-V2 (arXiv 2405.04434, 2.2.2). Raises ValueError for an unknown score.
     """
     logits = logits.float()
-    experts = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_chosen]  # (T, K)
+    eligible = _within_best_groups(logits, num_groups, groups_chosen) if num_groups > 1 else logits
+    experts = eligible.sort(dim=-1, descending=True, stable=True).indices[:, :num_chosen]  # (T, K)
     chosen = _scores(logits, score).gather(-1, experts)
-    return (chosen / chosen.sum(-1, keepdim=True) if renormalise else chosen), experts
+    return scale * (chosen / chosen.sum(-1, keepdim=True) if renormalise else chosen), experts
+
+
+def _within_best_groups(logits: Tensor, num_groups: int, groups_chosen: int) -> Tensor:
+    """The logits (T, E), with -inf for the experts of all but the best groups."""
+    best = logits.view(len(logits), num_groups, -1).amax(-1)  # (T, groups)
+    groups = best.sort(dim=-1, descending=True, stable=True).indices[:, :groups_chosen]
+    excluded = torch.ones_like(best, dtype=torch.bool).scatter_(-1, groups, False)
+    return logits.masked_fill(excluded.repeat_interleave(logits.shape[-1] // num_groups, dim=-1), -torch.inf)
 
 
 def _scores(logits: Tensor, score: str) -> Tensor:
@@ -107,13 +149,18 @@ def experts(
     down: Sequence[Any],
     linear: Linear,
     activation: Callable[[Tensor], Tensor],
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of the chosen experts' outputs for each token, summed in fp32."""
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in range(len(gate_up)):
         tokens, places = torch.where(chosen == expert)
         if len(tokens):
-            output = linear(activation(linear(x[tokens], gate_up[expert])), down[expert])  # (tokens of the expert, C)
+            inner = linear(x[tokens], gate_up[expert])  # (tokens of the expert, 2 I)
+            inner = activation(inner if gate_up_bias is None else inner + gate_up_bias[expert])
+            output = linear(inner, down[expert])  # (tokens of the expert, C)
+            output = output if down_bias is None else output + down_bias[expert]
             total.index_add_(0, tokens, output.float() * chosen_weights[tokens, places, None].float())
     return total.to(x.dtype)
 
@@ -167,6 +214,7 @@ OPS = Ops(
     write_kv=write_kv,
     attention=attention,
     swiglu=swiglu,
+    clamped_swiglu=clamped_swiglu,
     route=route,
     experts=experts,
     sample=sample,

@@ -183,6 +183,47 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     ).transpose(0, 1)
 
 
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES.keys())
+def test_windows_and_sinks_are_a_mask_and_one_more_score(
+    any_ops: Ops, sequences: list[tuple[int, int]], has_sinks: bool, window: int | None
+) -> None:
+    cache = Cache(sequences, 3, 16, torch.float32)
+    sinks = torch.randn(9) if has_sinks else None
+    query = torch.randn(cache.batch.query_starts[-1], 9, 16)
+    actual = any_ops.attention(query, cache.key_cache, cache.value_cache, cache.batch, 0.3, window, sinks)
+    row = 0
+    for keys, values, (num_queries, length) in zip(cache.keys, cache.values, sequences, strict=True):
+        for position in range(length - num_queries, length):
+            seen = slice(max(0, position + 1 - (window or length)), position + 1)
+            for head in range(9):
+                scores = keys[seen, head // 3] @ query[row, head] * 0.3
+                mass = scores.exp()
+                total = mass.sum() + (0 if sinks is None else sinks[head].exp())
+                assert_close(actual[row, head], mass @ values[seen, head // 3] / total, TOLERANCE[torch.float32])
+            row += 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES.keys())
+def test_values_may_be_a_part_of_the_keys(any_ops: Ops, sequences: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    """As latent attention keeps them: one cache, of which the values are the first places."""
+    cache = Cache(sequences, 1, 24, dtype)
+    query = torch.randn(cache.batch.query_starts[-1], 6, 24).to(dtype)
+    values = cache.key_cache[..., :16]
+    apart = reference.attention(query, cache.key_cache, values.contiguous(), cache.batch, 0.3)
+    assert_close(any_ops.attention(query, cache.key_cache, values, cache.batch, 0.3), apart, TOLERANCE[dtype])
+    assert apart.shape[2] == 16
+
+
+def test_keys_and_values_may_be_written_into_two_parts_of_one_cache(any_ops: Ops) -> None:
+    cache, key, value = torch.zeros(5, 4, 1, 24), torch.randn(3, 1, 16), torch.randn(3, 1, 8)
+    any_ops.write_kv(key, value, cache[..., :16], cache[..., 16:], torch.tensor([17, 2, 3]))
+    assert torch.equal(cache.view(20, 24)[[17, 2, 3]], torch.cat([key, value], dim=-1)[:, 0])
+    assert cache.count_nonzero() == 3 * 24
+
+
 def test_attention_over_no_sequences_is_empty(any_ops: Ops) -> None:
     batch = AttentionBatch(torch.empty(0, 0, dtype=torch.int64), [0], [], torch.empty(0, dtype=torch.int64))
     cache = torch.zeros(2, 4, 3, 16)
@@ -273,6 +314,26 @@ def test_experts_sum_the_chosen_ones_by_weight(any_ops: Ops) -> None:
     assert_close(actual, x * torch.tensor([[0.5 * 4 + 0.25], [2.0 * 4]]), TOLERANCE[torch.float32])
 
 
+def test_experts_add_their_biases(any_ops: Ops) -> None:
+    linear = reference.OPS.weights["fp32"].linear
+    doubling = [torch.eye(4) * e for e in range(3)]
+    x = torch.randn(2, 4)
+    weights, chosen = torch.tensor([[0.5, 0.25], [1.0, 2.0]]), torch.tensor([[2, 1], [0, 2]])
+    inner, outer = torch.randn(3, 4), torch.randn(3, 4)
+    actual = any_ops.experts(x, weights, chosen, doubling, doubling, linear, torch.clone, inner, outer)
+    of = [(x * e + inner[e]) * e + outer[e] for e in range(3)]  # what each expert makes of both rows
+    expected = torch.stack([0.5 * of[2][0] + 0.25 * of[1][0], of[0][1] + 2 * of[2][1]])
+    assert_close(actual, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_clamped_gate_is_bounded_and_counts_up_from_one(any_ops: Ops, dtype: torch.dtype) -> None:
+    gate, up = torch.tensor([-9.0, 0.5, 9.0]), torch.tensor([9.0, -9.0, 0.25])
+    inner = torch.tensor([-9 * 4, 0.5 * -2, 3 * 1.25]) * torch.tensor([-9 * 1.7, 0.5 * 1.7, 3 * 1.7]).sigmoid()
+    actual = any_ops.clamped_swiglu(torch.cat([gate, up])[None].to(dtype), 1.7, 3.0)
+    assert_close(actual, inner[None].to(dtype), TOLERANCE[dtype])
+
+
 def test_route_picks_the_largest_scores_and_the_lower_expert_on_ties(any_ops: Ops) -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0]])
     weights, chosen = any_ops.route(logits, 3, "softmax", False)
@@ -283,6 +344,15 @@ def test_route_picks_the_largest_scores_and_the_lower_expert_on_ties(any_ops: Op
     assert any_ops.route(logits, 2, "softmax", True)[0].tolist() == [[0.5, 0.5]]
     with pytest.raises(ValueError, match="roulette"):
         any_ops.route(logits, 2, "roulette", False)
+
+
+def test_route_looks_into_the_best_groups_only(any_ops: Ops) -> None:
+    logits = torch.tensor([[0.0, 5.0, 1.0, 4.0, 3.0, 3.5], [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]])  # three groups of two
+    weights, chosen = any_ops.route(logits, 3, "softmax", False, 2.0, num_groups=3, groups_chosen=2)
+    assert chosen.tolist() == [[1, 3, 2], [1, 2, 0]]  # the lower group on ties
+    assert_close(weights, 2 * logits.softmax(-1).gather(1, chosen), 1e-6)
+    summed = any_ops.route(logits, 3, "softmax", True, 2.0, num_groups=3, groups_chosen=2)[0]
+    assert_close(summed.sum(-1), torch.tensor([2.0, 2.0]), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels import reference
 from kernels.ops import AttentionBatch
 
 # A decode or a draft to verify: with so few queries, reading the cache is the work, so the query heads that share a
@@ -34,13 +35,26 @@ class _Group:
     is_folded: bool
 
 
-def attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
-    """As the definition; the sums of a sequence may be ordered otherwise when its neighbours' contexts are longer."""
+def attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As the definition; the sums of a sequence may be ordered otherwise when its neighbours' contexts are longer.
+
+    Windows and sinks go to the definition itself.
+    """
+    if window is not None or sinks is not None:
+        return reference.attention(query, key_cache, value_cache, batch, scale, window, sinks)
     heads_per_group = query.shape[1] // key_cache.shape[2]
     plan_key = ("cpu", query.dtype, heads_per_group, key_cache.shape[1])
     if plan_key not in batch.plans:
         batch.plans[plan_key] = list(_plan(batch, key_cache.shape[1], heads_per_group, query.dtype))
-    output = torch.empty_like(query)
+    output = query.new_empty(*query.shape[:2], value_cache.shape[-1])
     for group in batch.plans[plan_key]:
         if group.rows is None:
             return _attend(query, key_cache, value_cache, group, scale)
@@ -49,10 +63,10 @@ def attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: Atte
 
 
 def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, group: _Group, scale: float) -> Tensor:
-    """For query (S * Q, H, D) the same shape."""
+    """For query (S * Q, H, D): (S * Q, H, Dv)."""
     num_rows, num_heads, head_size = query.shape
     num_groups = key_cache.shape[2]
-    key, value = (_gather(cache, group) for cache in (key_cache, value_cache))  # (S, G, L, D)
+    key, value = (_gather(cache, group) for cache in (key_cache, value_cache))  # (S, G, L, D), (S, G, L, Dv)
     query = query.view(group.num_sequences, -1, num_heads, head_size).transpose(1, 2)  # (S, H, Q, D)
     num_queries = query.shape[2]
     if group.is_folded:  # the heads of a group are neighbours: (S, G, H / G * Q, D)
@@ -60,14 +74,13 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, group: _Group
     output = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=group.mask, scale=scale, enable_gqa=not group.is_folded
     )
-    output = output.reshape(group.num_sequences, num_heads, num_queries, head_size)
-    return output.transpose(1, 2).reshape(num_rows, num_heads, head_size)
+    output = output.reshape(group.num_sequences, num_heads, num_queries, -1)
+    return output.transpose(1, 2).reshape(num_rows, num_heads, -1)
 
 
 def _gather(cache: Tensor, group: _Group) -> Tensor:
-    num_groups, head_size = cache.shape[2:]
-    rows = cache.view(-1, num_groups * head_size).index_select(0, group.slots)
-    return rows.view(group.num_sequences, -1, num_groups, head_size).transpose(1, 2)
+    rows = cache.view(-1, *cache.shape[2:]).index_select(0, group.slots)  # (S * L, G, D)
+    return rows.view(group.num_sequences, -1, *cache.shape[2:]).transpose(1, 2)
 
 
 def _plan(batch: AttentionBatch, block_size: int, heads_per_group: int, dtype: torch.dtype) -> Iterator[_Group]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import reference
 from kernels.ops import Linear
 
 
@@ -20,8 +21,15 @@ def experts(
     down: Sequence[Any],
     linear: Linear,
     activation: Callable[[Tensor], Tensor],
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
-    """As the definition: a token's outputs are summed in fp32 and in the experts' order, whoever else is there."""
+    """As the definition: a token's outputs are summed in fp32 and in the experts' order, whoever else is there.
+
+    Biases go to the definition itself.
+    """
+    if gate_up_bias is not None or down_bias is not None:
+        return reference.experts(x, chosen_weights, chosen, gate_up, down, linear, activation, gate_up_bias, down_bias)
     if len(x) == 1:
         return _experts_of_one(x, chosen_weights, chosen, gate_up, down, linear, activation)
     expert, order = chosen.flatten().sort(stable=True)  # (T * K,) both: pairs of a token and an expert, by expert
