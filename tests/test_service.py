@@ -272,11 +272,12 @@ async def test_a_request_of_two_choices_fails_alone_when_the_engine_fails_on_one
     failing, other = await worker.requests(2)
     worker.engine.says(failing, "hello")
     worker.engine.ends(failing, reason=FinishReason.FAILED)
-    worker.engine.says(failing, "hello", choice=1)
-    worker.engine.ends(failing, choice=1)
-    worker.engine.answers(other)
-    failed, completed = await stage.answers(2)
+    worker.engine.says(failing, "hello", choice=1)  # of the step that was under way
+    (failed,) = await stage.answers()
     assert error_of(failed) == ErrorCode.INFERENCE_ERROR
+    assert worker.engine.cancelled == [(failing.id, None)]
+    worker.engine.answers(other)
+    _, completed = await stage.answers(2)
     assert text_of(completed) == "hello"
     assert stage.violations() == []
 

@@ -14,11 +14,13 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from structlog.testing import capture_logs
 
 from engine.types import Charge, EngineStats, StepResult, Usage, Work
 from schemas.requests import Chat, ChatBody, Message
 from worker.brokers.base import Place, Record
 from worker.cost import Meter
+from worker.errors import Fatal
 from worker.exporters import COLLECTOR, PUSH_TIMEOUT_S, open_exporters
 from worker.logs import VALUE_CHARS_MAX, WITHHELD, configure_logs
 from worker.telemetry import STEP_SPAN_INTERVAL_S, Telemetry
@@ -164,7 +166,7 @@ def test_flushes_fences_and_unknown_outcomes_are_counted(recorder: Recorder):
     recorder.telemetry.polled(PLACE.topic, 5)
     recorder.telemetry.flushed(num_records=40, duration_s=0.02, num_attempts=3)
     recorder.telemetry.unknown_outcome()
-    recorder.telemetry.fenced(4)
+    recorder.telemetry.fenced(4, "why")
     metrics = recorder.metrics()
     assert metrics["messaging.client.consumed.messages"][0].value == 5
     assert metrics["messaging.client.sent.messages"][0].value == 40
@@ -370,7 +372,7 @@ def test_prometheus_scrapes_every_metric_under_a_name_without_colons(monkeypatch
         telemetry.completed(1, [USAGE], ["stop"])
         telemetry.flushed(num_records=3, duration_s=0.1, num_attempts=2)
         telemetry.unknown_outcome()
-        telemetry.fenced(1)
+        telemetry.fenced(1, "why")
         telemetry.lag({PLACE: 1})
         telemetry.metered(Meter(worker="w-1", life="l", rate=1).reading())
         page = exporters.exposition().decode()
@@ -378,6 +380,13 @@ def test_prometheus_scrapes_every_metric_under_a_name_without_colons(monkeypatch
     assert sorted(names) == PROMETHEUS_NAMES.split()
     assert 'service_instance_id="w-1"' in page
     assert SECRET not in page
+
+
+def test_a_failure_is_logged_with_the_exit_code_that_it_ends_the_worker_with(recorder):
+    with capture_logs() as logs, pytest.raises(Fatal), recorder.telemetry.life(model="m"):
+        raise Fatal("the engine failed: device lost")
+    stopped = {"event": "worker stopped", "exit_code": 70, "reason": "the engine failed: device lost"}
+    assert logs[-1].items() >= stopped.items()
 
 
 def test_a_collector_that_is_not_there_does_not_hold_a_leaving_worker(monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ from itertools import count
 from typing import Protocol
 
 from engine.errors import RequestRefused
-from engine.types import EngineStats, Finished, Request, StepResult, Token
+from engine.types import EngineStats, Finished, FinishReason, Request, StepResult, Token
 from schemas.requests import Tier
 from schemas.results import ErrorCode
 from worker.admission import NOTHING, REALTIME, Admission
@@ -223,7 +223,10 @@ class Service:
         if running is None:
             return
         text = running.answer.finish(finished)
-        if running.answer.done:
+        if finished.reason is FinishReason.FAILED:  # the other choices would be generated for nothing
+            self._engine.cancel(finished.request)
+            self._answer(running)
+        elif running.answer.done:
             self._answer(running)  # before the chunk: while that is sent, the partition may go
         await self._preview(running, finished.choice, text)
 
@@ -292,7 +295,7 @@ class Service:
             try:
                 num_attempts = await flush(self._broker, bursts, [self._outbound.meter(reading)], membership)
             except Fenced as error:
-                self._telemetry.fenced(len(partitions))
+                self._telemetry.fenced(len(partitions), str(error))
                 if not error.outcome_known:
                     self._telemetry.unknown_outcome()
                 await self._hold(tuple(partitions), "lost" if error.outcome_known else "unknown")

@@ -52,27 +52,26 @@ async def run(settings: Settings, client: KafkaSettings | None = None) -> int:
     drain = Drain(settings.drain_s)
     drain.listen()
     probe = _Probe()
+    health = settings.health
     with open_exporters(settings.worker) as exporters:
         telemetry = Telemetry(exporters.meters, exporters.tracers, worker=settings.worker, group=settings.group)
-        telemetry.starting(model=settings.model, brokers=settings.kafka.brokers)
-        health = settings.health
-        async with serve_health(probe, exporters.exposition, host=health.host, port=health.port) as port:
-            folder = model_folder(settings.model)
-            tokenizer = load_tokenizer(folder)
-            core = await asyncio.to_thread(_build, settings.engine, folder)
-            steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
-            engine = _engine(core, steps)
-            client = client or settings.kafka.client(worker=settings.worker, group=settings.group)
-            await require_topics(client, list(settings.topics.by_setting.values()))  # those that we only write to, too
-            service = assemble(settings, KafkaBroker(client), engine, steps, tokenizer, telemetry, drain, born_ns)
-            engine.start()
-            probe.service = service
-            telemetry.ready(health_port=port, cache_tokens=core.capacity.cache_tokens)
-            try:
-                await service.run()
-            finally:
-                engine.stop(ENGINE_STOP_S)
-        telemetry.stopped(0)
+        with telemetry.life(model=settings.model, brokers=settings.kafka.brokers):
+            async with serve_health(probe, exporters.exposition, host=health.host, port=health.port) as port:
+                folder = model_folder(settings.model)
+                tokenizer = load_tokenizer(folder)
+                core = await asyncio.to_thread(_build, settings.engine, folder)
+                steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
+                engine = _engine(core, steps)
+                client = client or settings.kafka.client(worker=settings.worker, group=settings.group)
+                await require_topics(client, list(settings.topics.by_setting.values()))  # those we only write to, too
+                service = assemble(settings, KafkaBroker(client), engine, steps, tokenizer, telemetry, drain, born_ns)
+                engine.start()
+                probe.service = service
+                telemetry.ready(health_port=port, cache_tokens=core.capacity.cache_tokens)
+                try:
+                    await service.run()
+                finally:
+                    engine.stop(ENGINE_STOP_S)
     return 0
 
 

@@ -13,7 +13,8 @@ Where it all goes is `worker/exporters.py`'s to know. One owner, the event loop.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from engine.types import EngineStats, StepResult, Usage
 from schemas.cost import MeterReading
 from schemas.requests import AnyGenerate, Chat
 from worker.brokers.base import Headers, Place, Record
+from worker.errors import Fatal
 from worker.instruments import Instruments
 
 SCOPE = "tokenmill"
@@ -174,10 +176,10 @@ class Telemetry:
         self._metrics.unknown_outcomes.add(1)
         self._log.warning("flush outcome unknown")
 
-    def fenced(self, num_partitions: int) -> None:
+    def fenced(self, num_partitions: int, reason: str) -> None:
         """These partitions are another worker's now; what we held of them is dropped."""
         self._metrics.fenced.add(num_partitions)
-        self._log.warning("fenced", num_partitions=num_partitions)
+        self._log.warning("fenced", num_partitions=num_partitions, reason=reason)
 
     def assigned(self, places: Sequence[Place], generation: int) -> None:
         """These are all the partitions that we hold."""
@@ -195,9 +197,16 @@ class Telemetry:
 
     # --------------------------------------------------------------------------------------------------- the worker
 
-    def starting(self, **facts: str | float) -> None:
-        """The worker has its settings and begins to load its model."""
+    @contextmanager
+    def life(self, **facts: str | float) -> Iterator[None]:
+        """From the moment when the worker has its settings until it leaves, on purpose or for a failure."""
         self._log.info("worker starting", **facts)
+        try:
+            yield
+        except Fatal as error:
+            self._log.error("worker stopped", exit_code=error.exit_code, reason=str(error))
+            raise
+        self._log.info("worker stopped", exit_code=0)
 
     def ready(self, **facts: str | float) -> None:
         """The model is loaded and the group joined."""
@@ -206,10 +215,6 @@ class Telemetry:
     def draining(self, budget_s: float) -> None:
         """The worker was asked to leave."""
         self._log.info("worker draining", budget_s=budget_s, num_running=len(self._running))
-
-    def stopped(self, exit_code: int, reason: str = "") -> None:
-        """The worker leaves."""
-        (self._log.error if exit_code else self._log.info)("worker stopped", exit_code=exit_code, reason=reason)
 
     # ----------------------------------------------------------------------------------------------------- the spans
 
