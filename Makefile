@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_DEFAULT_FP_FUSION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench compose-test constraints clean
+.PHONY: help install demo test test-kernels lint bench compose-test constraints clean
 
 help: ## List what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ demo: $(STAMP) ## Run the main job here: Kafka, the model, a worker, requests, c
 
 test: lint ## Run all that the CI runs; ends with the counts
 	@$(BIN)/python -m pytest
+
+test-kernels: $(STAMP) ## Run the GPU kernels' part of it: in Triton's interpreter, and compiled for Hopper; no GPU is needed
+	@$(BIN)/python -m pytest tests/test_triton_*.py
 
 lint: $(STAMP) ## Check style, types and who may import whom
 	@$(BIN)/ruff check

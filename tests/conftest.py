@@ -1,4 +1,4 @@
-"""Fixtures shared by the whole suite: a real Kafka, one for the session."""
+"""Fixtures shared by the whole suite: a real Kafka, one for the session. Triton's kernels are interpreted."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,9 @@ import hypothesis
 import pytest
 
 from worker.local_broker import Cluster
+
+# Read when a kernel is defined, so before anything imports triton: a GPU is not needed and, if there is one, not used.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # How long an example takes says more about the machine than about the code; each test has its own timeout.
 hypothesis.settings.register_profile("tokenmill", deadline=None)

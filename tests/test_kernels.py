@@ -14,6 +14,7 @@ from engine.quant import FORMATS
 from kernels import reference
 from kernels.backends import BACKENDS, pick
 from kernels.ops import AttentionBatch, Ops, SamplingRow
+from tests import triton_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -24,12 +25,18 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 @pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
 def ops(request: pytest.FixtureRequest) -> Ops:
-    return pick("cpu", request.param)
+    return table(request.param)
 
 
 @pytest.fixture(params=list(BACKENDS))
 def any_ops(request: pytest.FixtureRequest) -> Ops:
-    return pick("cpu", request.param)
+    return table(request.param)
+
+
+def table(name: str) -> Ops:
+    if name == "triton":
+        triton_interpreter.install()
+    return pick("cpu", name)
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +54,9 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 # ------------------------------------------------------------------------------------------------------------- backends
 
 
-def test_the_cpu_runs_its_own_table_unless_another_is_named() -> None:
+def test_a_device_runs_its_own_table_unless_another_is_named() -> None:
     assert pick("cpu").name == "cpu"
+    assert pick("cuda").name == "triton"
     assert pick("cpu", "reference") is reference.OPS
 
 

@@ -1,0 +1,20 @@
+"""The Triton table, for NVIDIA Hopper: fused kernels where they beat torch, the definition elsewhere.
+
+Owns the choice. Tiles come from tables, never from a search while serving. The kernels run on any machine in Triton's
+interpreter (`TRITON_INTERPRET=1`), which is how they are tested without a GPU.
+"""
+
+import dataclasses
+
+from kernels import reference
+from kernels.triton import elementwise
+
+OPS = dataclasses.replace(
+    reference.OPS,
+    name="triton",
+    rms_norm=elementwise.rms_norm,
+    add_rms_norm=elementwise.add_rms_norm,
+    rotary=elementwise.rotary,
+    write_kv=elementwise.write_kv,
+    swiglu=elementwise.swiglu,
+)

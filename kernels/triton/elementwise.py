@@ -1,0 +1,189 @@
+"""Norms, activation, rotary embedding and cache write: one pass over memory each.
+
+Bound by memory: the bytes beside each kernel are its whole cost on a full device, and its launch on an empty one. Sums
+run in fp32. A row may begin anywhere (a view of some columns); within it the elements are neighbours.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COLUMNS_PER_WARP = 512  # two 16-byte loads of bf16 a lane
+COLUMNS_PER_PROGRAM = 2048  # of what has no sum along the row: more programs at one token, and four warps each
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As the definition. Reads and writes x once: 4 T C bytes in bf16."""
+    rows = x.reshape(-1, x.shape[-1])  # (T, C)
+    normed = torch.empty_like(rows)
+    if len(rows):
+        _rms_norm[len(rows),](
+            rows, rows, weight, normed, normed, rows.stride(0), 0, rows.shape[1], eps, ADD=False, **_row_of(rows)
+        )
+    return normed.view(x.shape)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As the definition. Two reads and two writes: 8 T C bytes in bf16."""
+    normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    if len(x):
+        _rms_norm[len(x),](
+            x, residual, weight, normed, total, x.stride(0), residual.stride(0), x.shape[1], eps, ADD=True, **_row_of(x)
+        )
+    return normed, total
+
+
+@triton.jit
+def _rms_norm(
+    x, residual, weight, normed, total, x_stride, residual_stride, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    # One program a row, which stays in registers between the sum and the product.
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < C
+    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
+    if ADD:
+        other = tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0)
+        values = (values.to(tl.float32) + other.to(tl.float32)).to(values.dtype)  # rounded as the residual will be
+        tl.store(total + row * C + columns, values, mask=inside)
+    values = values.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values) / C + eps)
+    scaled = values * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * C + columns, scaled.to(normed.dtype.element_ty), mask=inside)
+
+
+def _row_of(x: Tensor) -> dict[str, int]:
+    """The launch of a program that holds a whole row."""
+    block = triton.next_power_of_2(x.shape[-1])
+    return {"BLOCK": block, "num_warps": _warps(block)}
+
+
+def _warps(num_elements: int) -> int:
+    """Of a program that loads so many elements at once; a power of two."""
+    return min(max(num_elements // COLUMNS_PER_WARP, 1), 16)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """As the definition. Reads 2 I columns and writes I: 6 T I bytes in bf16."""
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    product = torch.empty(num_tokens, size, dtype=gate_up.dtype, device=gate_up.device)
+    if num_tokens:
+        block = min(triton.next_power_of_2(size), COLUMNS_PER_PROGRAM)
+        _swiglu[num_tokens, triton.cdiv(size, block)](
+            gate_up, product, gate_up.stride(0), size, BLOCK=block, num_warps=_warps(block)
+        )
+    return product
+
+
+@triton.jit
+def _swiglu(gate_up, product, stride, I, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < I
+    gate = tl.load(gate_up + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + I + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(product + row * I + columns, (gate * tl.sigmoid(gate) * up).to(product.dtype.element_ty), mask=inside)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As the definition. Reads and writes x once: 4 T heads D bytes in bf16."""
+    num_tokens, num_heads, head_size = x.shape
+    rotated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if num_tokens:
+        half = triton.next_power_of_2(head_size // 2)
+        heads = min(max(COLUMNS_PER_PROGRAM // 2 // half, 1), triton.next_power_of_2(num_heads))
+        _rotary[num_tokens, triton.cdiv(num_heads, heads)](
+            x,
+            cos,
+            sin,
+            rotated,
+            *x.stride()[:2],
+            num_heads,
+            head_size // 2,
+            HEADS=heads,
+            HALF=half,
+            num_warps=_warps(2 * heads * half),
+        )
+    return rotated
+
+
+@triton.jit
+def _rotary(x, cos, sin, rotated, token_stride, head_stride, num_heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    pairs = tl.arange(0, HALF)
+    inside = (heads < num_heads)[:, None] & (pairs < half)[None, :]
+    angles = token * half + pairs
+    c = tl.load(cos + angles, mask=pairs < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + angles, mask=pairs < half, other=0.0).to(tl.float32)[None, :]
+    source = x + token * token_stride + heads[:, None] * head_stride + pairs[None, :]
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    target = rotated + (token * num_heads + heads[:, None]) * (2 * half) + pairs[None, :]
+    tl.store(target, (first * c - second * s).to(rotated.dtype.element_ty), mask=inside)
+    tl.store(target + half, (second * c + first * s).to(rotated.dtype.element_ty), mask=inside)
+
+
+def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """As the definition. Reads and writes each key and value once: 4 T G (D + Dv) bytes in bf16."""
+    num_tokens, num_groups, key_size = key.shape
+    value_size = value.shape[2]
+    if num_tokens:
+        groups, key_block, value_block = map(triton.next_power_of_2, (num_groups, key_size, value_size))
+        _write_kv[num_tokens,](
+            key,
+            value,
+            key_cache,
+            value_cache,
+            slots,
+            *key.stride()[:2],
+            *value.stride()[:2],
+            *key_cache.stride()[1:3],  # a block's slots are evenly apart, and so are all blocks'
+            *value_cache.stride()[1:3],
+            num_groups,
+            key_size,
+            value_size,
+            GROUPS=groups,
+            KEY_BLOCK=key_block,
+            VALUE_BLOCK=value_block,
+            num_warps=_warps(groups * (key_block + value_block)),
+        )
+
+
+@triton.jit
+def _write_kv(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slots,
+    key_token,
+    key_group,
+    value_token,
+    value_group,
+    key_cache_slot,
+    key_cache_group,
+    value_cache_slot,
+    value_cache_group,
+    G,
+    key_size,
+    value_size,
+    GROUPS: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)  # times its stride: beyond 2^31 on a large device
+    keys, key_slot = key + token * key_token, key_cache + slot * key_cache_slot
+    values, value_slot = value + token * value_token, value_cache + slot * value_cache_slot
+    _copy(keys, key_slot, key_group, key_cache_group, G, key_size, GROUPS, KEY_BLOCK)
+    _copy(values, value_slot, value_group, value_cache_group, G, value_size, GROUPS, VALUE_BLOCK)
+
+
+@triton.jit
+def _copy(source, target, source_group, target_group, G, size, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    groups, columns = tl.arange(0, GROUPS)[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (groups < G) & (columns < size)
+    elements = tl.load(source + groups * source_group + columns, mask=inside)
+    tl.store(target + groups * target_group + columns, elements.to(target.dtype.element_ty), mask=inside)

@@ -1,0 +1,67 @@
+"""Every kernel compiles for Hopper to what it was written to become: no GPU is needed to know."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.triton_compiler import Compiled
+from tests.triton_launches import LAUNCHES
+
+SHARED_BYTES_MAX = 227 << 10  # of one Hopper multiprocessor, all of it for one program
+REGISTERS = 1 << 16  # of one multiprocessor
+NUM_PROCESSES = 2  # a compilation takes about a second
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[Compiled]]:
+    """The kernels of every launch, compiled outside this process, whose Triton interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.triton_compiler", *list(LAUNCHES)[i::NUM_PROCESSES]],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(NUM_PROCESSES)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * NUM_PROCESSES
+    by_launch: dict[str, list[Compiled]] = {name: [] for name in LAUNCHES}
+    for kernel in (Compiled(**fields) for output in outputs for fields in json.loads(output)):
+        by_launch[kernel.launch].append(kernel)
+    return by_launch
+
+
+def each(kernels: list[Compiled], name: str) -> Iterator[Compiled]:
+    """The compiled forms of one kernel, of which there is at least one."""
+    found = [kernel for kernel in kernels if kernel.kernel == name]
+    assert found, f"no {name} among {[kernel.kernel for kernel in kernels]}"
+    yield from found
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_no_kernel_spills_and_each_fits_a_multiprocessor(compiled: dict[str, list[Compiled]], launch: str) -> None:
+    assert compiled[launch], "nothing was launched"
+    for kernel in compiled[launch]:
+        assert kernel.spills == 0, kernel
+        assert kernel.shared_bytes <= SHARED_BYTES_MAX, kernel
+        assert kernel.registers * kernel.num_warps * 32 <= REGISTERS, kernel
+
+
+ELEMENTWISE = [name for name in LAUNCHES if name.partition(",")[0] in {"norms", "rotate and write", "swiglu"}]
+
+
+@pytest.mark.parametrize("launch", ELEMENTWISE)
+def test_elementwise_kernels_move_16_bytes_at_a_time(compiled: dict[str, list[Compiled]], launch: str) -> None:
+    for kernel in compiled[launch]:
+        wide = kernel.count(r"LDG\.E.*\.128"), kernel.count(r"STG\.E.*\.128")
+        assert min(wide) >= 1, kernel
+        narrow = kernel.count(r"(LDG|STG)\.E(?!.*\.(64|128))")  # slots, and no more of each than there are rows
+        assert narrow <= 1, kernel

@@ -1,0 +1,120 @@
+"""The small kernels write what the definition says, all of it, and nothing else. Plain cases: `test_kernels.py`."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.triton import OPS
+from tests import triton_interpreter
+from tests.triton_memory import far_rows, guarded, poison
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+# fp32: the device's and numpy's exponentials and sums. bf16: the definition's bits, but for ties that these decide.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-12}
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> Iterator[None]:
+    triton_interpreter.install()
+    torch.manual_seed(0)
+    with guarded():
+        yield
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    difference = (actual.float() - expected.float()).norm()
+    assert difference <= TOLERANCE[actual.dtype] * expected.float().norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 16, 97, 576, 2880])
+def test_norms_of_any_width(size: int, dtype: torch.dtype) -> None:
+    x, residual = torch.randn(3, 2 * size).to(dtype)[:, :size], torch.randn(3, size).to(dtype)
+    weight = torch.randn(size).to(dtype)
+    assert_equal(OPS.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    for actual, expected in zip(
+        OPS.add_rms_norm(x, residual, weight, 1e-5), reference.add_rms_norm(x, residual, weight, 1e-5), strict=True
+    ):
+        assert_equal(actual, expected)
+
+
+def test_norms_of_heads() -> None:
+    x, weight = torch.randn(3, 5, 24), torch.randn(24)
+    assert_equal(OPS.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+
+
+def test_rows_beyond_32_bits() -> None:
+    x, weight = far_rows(3, 48), torch.randn(48).bfloat16()
+    assert_equal(OPS.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    assert_equal(OPS.add_rms_norm(x, x, weight, 1e-5)[0], reference.add_rms_norm(x, x, weight, 1e-5)[0])
+    assert_equal(OPS.swiglu(x), reference.swiglu(x))
+    angle = torch.randn(3, 8)
+    heads = x.unflatten(1, (3, 16))
+    assert_equal(OPS.rotary(heads, angle.cos(), angle.sin()), reference.rotary(heads, angle.cos(), angle.sin()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 24, 97, 2500])
+def test_swiglu_of_any_width(size: int, dtype: torch.dtype) -> None:
+    gate_up = torch.randn(3, 2 * size + 1).to(dtype)[:, 1:] * 4
+    assert_equal(OPS.swiglu(gate_up), reference.swiglu(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "head_size"), [(1, 2), (5, 80), (12, 16), (36, 64), (3, 128)])
+def test_rotary_of_some_of_a_rows_heads(num_heads: int, head_size: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, num_heads + 2, head_size).to(dtype)[:, 1:-1]
+    angle = torch.randn(3, head_size // 2)
+    assert_equal(OPS.rotary(x, angle.cos(), angle.sin()), reference.rotary(x, angle.cos(), angle.sin()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_groups", "head_size"), [(1, 8), (3, 20), (8, 384)])
+def test_write_kv_of_some_of_a_rows_heads(num_groups: int, head_size: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(4, 2 * num_groups + 1, head_size)
+    key, value = rows[:, :num_groups], rows[:, num_groups:-1]
+    key_cache, value_cache = torch.empty(2, 5, 4, num_groups, head_size, dtype=dtype)
+    slots = torch.tensor([17, 2, 3, 19])
+    OPS.write_kv(key, value, key_cache, value_cache, slots)
+    for cache, written in ((key_cache, key), (value_cache, value)):
+        flat = cache.view(20, num_groups, head_size)
+        assert torch.equal(flat[slots], written.to(dtype))
+        assert flat.isnan().sum() == 16 * num_groups * head_size, "no other slot is written"
+
+
+def test_write_kv_into_views_of_a_wider_cache() -> None:
+    """A latent cache: the value is the first part of the key, and is kept once."""
+    cache = torch.empty(5, 4, 1, 24)
+    key = torch.randn(3, 1, 24)
+    slots = torch.tensor([7, 0, 19])
+    OPS.write_kv(key, key[..., :20], cache, cache[..., :20], slots)
+    flat = cache.view(20, 1, 24)
+    assert torch.equal(flat[slots], key)
+    assert flat.isnan().sum() == 17 * 24
+
+
+def test_write_kv_beyond_32_bits() -> None:
+    width = 64
+    cache = far_rows(3, width)[::2]
+    slots = torch.tensor([2**31 // width, 0])
+    whole = cache.as_strided((2**31 // width + 1, 1, 1, width), (width, width, width, 1))
+    values = torch.randn(2, 1, width).bfloat16()
+    OPS.write_kv(values, values, whole, whole, slots)
+    assert torch.equal(cache, values[[1, 0], 0])
+
+
+def test_the_guard_sees_a_write_beside_a_tensor() -> None:
+    def write_one_too_many() -> None:
+        with guarded():
+            inside = torch.empty(4, dtype=torch.int32)
+            assert (inside == poison(torch.int32)).all()
+            inside.as_strided((5,), (1,))[4] = 1
+
+    with pytest.raises(AssertionError, match="beside a tensor"):
+        write_one_too_many()
