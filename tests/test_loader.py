@@ -20,7 +20,7 @@ from engine.quant import FORMATS
 from kernels.ops import Ops, WeightKernel
 from kernels.reference import OPS
 from tests.test_models import TOKENS, logits
-from tests.tiny_models import tiny_llama, tiny_mixtral
+from tests.tiny_models import tiny, tiny_llama, tiny_mixtral
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", ".w1.", ".w2.", ".w3.")  # of a Mixtral
@@ -223,9 +223,18 @@ class TestHostileFolders:
         named = "rope|freq_factor|rotary" if field == "rope_parameters" else field
         _refused(llama, f"config.json.*({named})")
 
+    @pytest.mark.parametrize(("shape", "field", "value"), [("qwen3", "use_sliding_window", True)])
+    def test_what_an_architecture_knows_and_we_do_not_is_named(
+        self, tmp_path: Path, shape: str, field: str, value: object
+    ) -> None:
+        path = tiny(shape, tmp_path)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {field: value}))
+        _refused(path, f"config.json.*{field}")
+
     def test_an_unknown_architecture_is_named_with_the_known_ones(self, llama: Path) -> None:
         (llama / "config.json").write_text('{"architectures": ["GPT5ForCausalLM"]}')
-        _refused(llama, "GPT5ForCausalLM.*LlamaForCausalLM, MixtralForCausalLM")
+        _refused(llama, "GPT5ForCausalLM.*LlamaForCausalLM.*MixtralForCausalLM")
 
     def test_more_experts_chosen_than_there_are(self, tmp_path: Path) -> None:
         mixtral = tiny_mixtral(tmp_path)

@@ -48,6 +48,18 @@ def tiny_mixtral(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     return _save(tmp / f"mixtral-{seed}", seed, transformers.MixtralForCausalLM, config)
 
 
+def tiny_mistral(tmp: Path, seed: int = 0, **shape: Any) -> Path:
+    """A folder with a random fp32 Mistral checkpoint, with windows of 9 tokens unless `shape` says otherwise."""
+    config = transformers.MistralConfig(**_SHAPE | {"sliding_window": 9} | shape)
+    return _save(tmp / f"mistral-{seed}", seed, transformers.MistralForCausalLM, config)
+
+
+def tiny_qwen3(tmp: Path, seed: int = 0, **shape: Any) -> Path:
+    """A folder with a random fp32 Qwen3 checkpoint; `shape` overrides fields of transformers' Qwen3Config."""
+    config = transformers.Qwen3Config(**_SHAPE | {"head_dim": 16} | shape)
+    return _save(tmp / f"qwen3-{seed}", seed, transformers.Qwen3ForCausalLM, config)
+
+
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -83,6 +95,12 @@ SHAPES: dict[str, Shape] = {
             "head_dim": 8,
         },
     ),
+    "mixtral, windows": (tiny_mixtral, {"sliding_window": 5}),
+    "mistral, windows": (tiny_mistral, {}),
+    "mistral, windows of two tokens": (tiny_mistral, {"sliding_window": 2, "head_dim": 32}),
+    "mistral, no windows": (tiny_mistral, {"sliding_window": None}),
+    "qwen3": (tiny_qwen3, {}),
+    "qwen3, biases, tied": (tiny_qwen3, {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 24}),
 }
 
 

@@ -6,14 +6,16 @@ file here and a line below.
 
 from collections.abc import Mapping
 
-from engine.models import llama, mixtral, smollm2_moe
+from engine.models import llama, mistral, mixtral, qwen3, smollm2_moe
 from engine.models.decoder import Decoder, KVCache
 from engine.models.hf import Architecture
 from engine.models.spec import ModelSpec
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": llama.ARCHITECTURE,
+    "MistralForCausalLM": mistral.ARCHITECTURE,
     "MixtralForCausalLM": mixtral.ARCHITECTURE,
+    "Qwen3ForCausalLM": qwen3.ARCHITECTURE,
     "SmolLM2MoeForCausalLM": smollm2_moe.ARCHITECTURE,
 }
 

@@ -4,7 +4,7 @@ Owns the limits on a configuration's numbers, so that a hostile file costs nothi
 compute wrongly. An architecture's own file adds its own fields and its tensor names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -89,26 +89,40 @@ class DecoderConfig(Struct, kw_only=True):
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"
-    sliding_window: int | None = None
+    sliding_window: Context | None = None
     eos_token_id: TokenIds = None
 
-    def feed_forward(self) -> FeedForward:
-        """The feed-forward of every layer."""
+    def feed_forwards(self) -> Sequence[FeedForward]:
+        """What works on each token alone, for each layer."""
         raise NotImplementedError
 
+    def windows(self) -> Sequence[int | None]:
+        """For each layer, how many positions attention sees, its own included; None: all before it."""
+        require(self.sliding_window is None, f"sliding_window {self.sliding_window} is not supported, only null")
+        return [None] * self.num_hidden_layers
+
+    def mixers(self) -> Sequence[GroupedQuery]:
+        """What mixes tokens, for each layer."""
+        H, G = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        D = self.head_dim or self.hidden_size // H
+        require(H % G == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {G}")
+        require(D > 0 and D % 2 == 0, f"head_dim {D} is not even: rotary embedding turns pairs")
+        bias = self.attention_bias
+        return [GroupedQuery(H, G, D, bias=bias, output_bias=bias, window=window) for window in self.windows()]
+
     def spec(self) -> ModelSpec:
-        """The model as data, its layers all alike. Raises ModelError for what we do not compute."""
-        _require(self.hidden_act == "silu", f"hidden_act {self.hidden_act!r} is not supported, only silu")
-        _require(self.sliding_window is None, f"sliding_window {self.sliding_window} is not supported, only null")
-        _require(not self.mlp_bias, "mlp_bias is not supported, only false")
-        feed_forward = self.feed_forward()
-        if isinstance(feed_forward, Mixture):
-            chosen, there = feed_forward.num_chosen, feed_forward.num_experts
-            _require(chosen <= there, f"{chosen} chosen experts are more than the {there} that there are")
+        """The model as data. Raises ModelError for what we do not compute."""
+        require(self.hidden_act == "silu", f"hidden_act {self.hidden_act!r} is not supported, only silu")
+        require(not self.mlp_bias, "mlp_bias is not supported, only false")
+        feed_forwards = self.feed_forwards()
+        for mixture in feed_forwards:
+            if isinstance(mixture, Mixture):
+                chosen, there = mixture.num_chosen, mixture.num_experts
+                require(chosen <= there, f"{chosen} chosen experts are more than the {there} that there are")
         return ModelSpec(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
-            layers=(LayerSpec(self._mixer(), feed_forward),) * self.num_hidden_layers,
+            layers=tuple(map(LayerSpec, self.mixers(), feed_forwards)),
             norm_eps=self.rms_norm_eps,
             rope=self._rope(),
             tied_embeddings=self.tie_word_embeddings,
@@ -116,20 +130,11 @@ class DecoderConfig(Struct, kw_only=True):
             eos_token_ids=token_ids(self.eos_token_id),
         )
 
-    def _mixer(self) -> GroupedQuery:
-        H, G = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
-        D = self.head_dim or self.hidden_size // H
-        _require(H % G == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {G}")
-        _require(D > 0 and D % 2 == 0, f"head_dim {D} is not even: rotary embedding turns pairs")
-        return GroupedQuery(
-            num_heads=H, num_kv_heads=G, head_size=D, bias=self.attention_bias, output_bias=self.attention_bias
-        )
-
     def _rope(self) -> Rope:
         config = self.rope_parameters or self.rope_scaling or RopeConfig()
         theta = config.rope_theta or self.rope_theta
         kind = config.rope_type or config.type or "default"
-        _require(config.partial_rotary_factor == 1.0, "partial_rotary_factor is not supported, only 1")
+        require(config.partial_rotary_factor == 1.0, "partial_rotary_factor is not supported, only 1")
         match kind:
             case "default":
                 return Rope(theta)
@@ -137,7 +142,7 @@ class DecoderConfig(Struct, kw_only=True):
                 return Rope(theta, LinearScaling(config.factor))
             case "llama3":
                 low, high = config.low_freq_factor, config.high_freq_factor
-                _require(low < high, f"low_freq_factor {low} is not below high_freq_factor {high}")
+                require(low < high, f"low_freq_factor {low} is not below high_freq_factor {high}")
                 original = config.original_max_position_embeddings or self.max_position_embeddings
                 return Rope(theta, Llama3Scaling(config.factor, low, high, original))
         raise ModelError(f'config.json: rope_type {kind!r} is not supported, only "default", "linear" and "llama3"')
@@ -160,6 +165,7 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
             return tuple(value)
 
 
-def _require(holds: bool, otherwise: str) -> None:
+def require(holds: bool, otherwise: str) -> None:
+    """Raise ModelError with what is wrong in the file, unless it holds."""
     if not holds:
         raise ModelError(f"config.json: {otherwise}")

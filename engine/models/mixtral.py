@@ -1,7 +1,9 @@
 """Mixtral (`MixtralForCausalLM`, arXiv 2401.04088), as data."""
 
+from collections.abc import Sequence
+
+from engine.models import names
 from engine.models.hf import Architecture, DecoderConfig, Experts
-from engine.models.llama import SHARED_NAMES
 from engine.models.spec import Mixture
 
 
@@ -11,21 +13,27 @@ class MixtralConfig(DecoderConfig, kw_only=True):
     num_local_experts: Experts
     num_experts_per_tok: Experts
 
-    def feed_forward(self) -> Mixture:
+    def feed_forwards(self) -> Sequence[Mixture]:
         """Softmax over all experts, the chosen ones' weights made to sum to 1."""
-        return Mixture(
+        mixture = Mixture(
             num_experts=self.num_local_experts,
             num_chosen=self.num_experts_per_tok,
             intermediate=self.intermediate_size,
         )
+        return [mixture] * self.num_hidden_layers
+
+    def windows(self) -> Sequence[int | None]:
+        """The same in every layer; the published models have none."""
+        return [self.sliding_window] * self.num_hidden_layers
 
 
-_MOE = "model.layers.{layer}.block_sparse_moe"
+_MOE = f"{names.LAYER}.block_sparse_moe"
 
 ARCHITECTURE = Architecture(
     config=MixtralConfig,
     names={
-        **SHARED_NAMES,
+        **names.BASE,
+        **names.ATTENTION,
         "router": f"{_MOE}.gate.weight",
         "expert.gate": f"{_MOE}.experts.{{expert}}.w1.weight",
         "expert.up": f"{_MOE}.experts.{{expert}}.w3.weight",

@@ -50,6 +50,8 @@ def _mixer(mixer: Mixer, hidden: int, layer: int) -> Shapes:
     shapes: Shapes = {Parameter(role, layer): (out, hidden) for role, out in outs.items()}
     if mixer.bias:
         shapes |= {Parameter(f"{role}_bias", layer): (out,) for role, out in outs.items()}
+    if mixer.query_key_norm:
+        shapes |= {Parameter(f"attention.{role}_norm", layer): (mixer.head_size,) for role in ("query", "key")}
     shapes[Parameter("attention.output", layer)] = (hidden, queries)
     if mixer.output_bias:
         shapes[Parameter("attention.output_bias", layer)] = (hidden,)

@@ -3,8 +3,10 @@
 SmolLM2 is a Llama. Here its feed-forward is cut into a shared expert and routed ones, each chosen expert counted whole.
 """
 
+from collections.abc import Sequence
+
+from engine.models import names
 from engine.models.hf import Architecture, DecoderConfig, Experts, Size
-from engine.models.llama import SHARED_NAMES
 from engine.models.spec import Mixture
 
 
@@ -15,9 +17,9 @@ class SmolLM2MoeConfig(DecoderConfig, kw_only=True):
     num_experts: Experts
     num_experts_per_tok: Experts
 
-    def feed_forward(self) -> Mixture:
+    def feed_forwards(self) -> Sequence[Mixture]:
         """Unit weights: with all experts chosen the model is the dense one."""
-        return Mixture(
+        mixture = Mixture(
             num_experts=self.num_experts,
             num_chosen=self.num_experts_per_tok,
             intermediate=self.intermediate_size,
@@ -26,14 +28,16 @@ class SmolLM2MoeConfig(DecoderConfig, kw_only=True):
             renormalise=False,
             router_bias=True,
         )
+        return [mixture] * self.num_hidden_layers
 
 
-_MOE = "model.layers.{layer}.moe"
+_MOE = f"{names.LAYER}.moe"
 
 ARCHITECTURE = Architecture(
     config=SmolLM2MoeConfig,
     names={
-        **SHARED_NAMES,
+        **names.BASE,
+        **names.ATTENTION,
         "router": f"{_MOE}.router.weight",
         "router_bias": f"{_MOE}.router.bias",
         "shared.gate": f"{_MOE}.shared.gate_proj.weight",

@@ -1,9 +1,8 @@
 """All that the decoder needs to know of a model, as data.
 
 Owns `ModelSpec` and its parts; they come from a checkpoint by `engine/models/hf.py`, which sets their limits. A model
-of a known kind is one value of this. A new mixer is one more member of `Mixer` (multi-head latent attention) or a field
-of `GroupedQuery` (sliding window, norms of query and key), and one module that computes it. No code that computes ever
-asks for a model's name.
+of a known kind is one value of this. A new mixer is one more member of `Mixer`, and one module that computes it. No
+code that computes ever asks for a model's name.
 """
 
 from dataclasses import dataclass
@@ -39,6 +38,13 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class QueryKeyNorm:
+    """An RMS norm of queries and keys before they are rotated: of each head by itself."""
+
+    eps: float
+
+
+@dataclass(frozen=True)
 class GroupedQuery:
     """Attention of H query heads over G key-value heads (arXiv 2305.13245); H = G is the usual, G = 1 multi-query."""
 
@@ -47,6 +53,8 @@ class GroupedQuery:
     head_size: int
     bias: bool = False  # on query, key and value
     output_bias: bool = False
+    query_key_norm: QueryKeyNorm | None = None
+    window: int | None = None  # positions seen, the own one included; None: all before it
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""What checkpoints call our parameters, in the groups that most architectures share.
+
+Owns names by role, with {layer} and {expert} to be filled in. An architecture's file puts together what it has.
+"""
+
+LAYER = "model.layers.{layer}"
+
+BASE = {
+    "embedding": "model.embed_tokens.weight",
+    "mixer.norm": f"{LAYER}.input_layernorm.weight",
+    "feed_forward.norm": f"{LAYER}.post_attention_layernorm.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+
+ATTENTION = {
+    "attention.query": f"{LAYER}.self_attn.q_proj.weight",
+    "attention.key": f"{LAYER}.self_attn.k_proj.weight",
+    "attention.value": f"{LAYER}.self_attn.v_proj.weight",
+    "attention.output": f"{LAYER}.self_attn.o_proj.weight",
+    "attention.query_bias": f"{LAYER}.self_attn.q_proj.bias",
+    "attention.key_bias": f"{LAYER}.self_attn.k_proj.bias",
+    "attention.value_bias": f"{LAYER}.self_attn.v_proj.bias",
+    "attention.output_bias": f"{LAYER}.self_attn.o_proj.bias",
+}
+
+QUERY_KEY_NORMS = {
+    "attention.query_norm": f"{LAYER}.self_attn.q_norm.weight",
+    "attention.key_norm": f"{LAYER}.self_attn.k_norm.weight",
+}
+
+DENSE = {
+    "feed_forward.gate": f"{LAYER}.mlp.gate_proj.weight",
+    "feed_forward.up": f"{LAYER}.mlp.up_proj.weight",
+    "feed_forward.down": f"{LAYER}.mlp.down_proj.weight",
+}
+
+ROUTED = {
+    "router": f"{LAYER}.mlp.gate.weight",
+    "expert.gate": f"{LAYER}.mlp.experts.{{expert}}.gate_proj.weight",
+    "expert.up": f"{LAYER}.mlp.experts.{{expert}}.up_proj.weight",
+    "expert.down": f"{LAYER}.mlp.experts.{{expert}}.down_proj.weight",
+}
