@@ -223,7 +223,16 @@ class TestHostileFolders:
         named = "rope|freq_factor|rotary" if field == "rope_parameters" else field
         _refused(llama, f"config.json.*({named})")
 
-    @pytest.mark.parametrize(("shape", "field", "value"), [("qwen3", "use_sliding_window", True)])
+    @pytest.mark.parametrize(
+        ("shape", "field", "value"),
+        [
+            ("qwen3", "use_sliding_window", True),
+            ("qwen2-moe", "use_sliding_window", True),
+            ("qwen3-moe", "use_sliding_window", True),
+            ("qwen3-moe", "num_local_experts", None),
+            ("olmoe", "clip_qkv", 8.0),
+        ],
+    )
     def test_what_an_architecture_knows_and_we_do_not_is_named(
         self, tmp_path: Path, shape: str, field: str, value: object
     ) -> None:

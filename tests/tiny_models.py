@@ -60,6 +60,27 @@ def tiny_qwen3(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     return _save(tmp / f"qwen3-{seed}", seed, transformers.Qwen3ForCausalLM, config)
 
 
+def tiny_qwen2_moe(tmp: Path, seed: int = 0, **shape: Any) -> Path:
+    """A folder with a random fp32 Qwen2-MoE checkpoint; `shape` overrides fields of transformers' Qwen2MoeConfig."""
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    config = transformers.Qwen2MoeConfig(**_SHAPE | experts | {"shared_expert_intermediate_size": 56} | shape)
+    return _save(tmp / f"qwen2_moe-{seed}", seed, transformers.Qwen2MoeForCausalLM, config)
+
+
+def tiny_qwen3_moe(tmp: Path, seed: int = 0, **shape: Any) -> Path:
+    """A folder with a random fp32 Qwen3-MoE checkpoint; `shape` overrides fields of transformers' Qwen3MoeConfig."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    config = transformers.Qwen3MoeConfig(**_SHAPE | experts | {"head_dim": 16} | shape)
+    return _save(tmp / f"qwen3_moe-{seed}", seed, transformers.Qwen3MoeForCausalLM, config)
+
+
+def tiny_olmoe(tmp: Path, seed: int = 0, **shape: Any) -> Path:
+    """A folder with a random fp32 OLMoE checkpoint; `shape` overrides fields of transformers' OlmoeConfig."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4}
+    config = transformers.OlmoeConfig(**_SHAPE | experts | shape)
+    return _save(tmp / f"olmoe-{seed}", seed, transformers.OlmoeForCausalLM, config)
+
+
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -100,6 +121,19 @@ SHAPES: dict[str, Shape] = {
     "mistral, windows of two tokens": (tiny_mistral, {"sliding_window": 2, "head_dim": 32}),
     "mistral, no windows": (tiny_mistral, {"sliding_window": None}),
     "qwen3": (tiny_qwen3, {}),
+    "qwen2-moe": (tiny_qwen2_moe, {}),
+    "qwen2-moe, dense layers between, no biases": (
+        tiny_qwen2_moe,
+        {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "qkv_bias": False},
+    ),
+    "qwen2-moe, weights that sum to 1": (tiny_qwen2_moe, {"norm_topk_prob": True, "num_experts_per_tok": 4}),
+    "qwen3-moe": (tiny_qwen3_moe, {}),
+    "qwen3-moe, weights as they are, a dense layer": (
+        tiny_qwen3_moe,
+        {"norm_topk_prob": False, "num_hidden_layers": 3, "mlp_only_layers": [0], "head_dim": 24},
+    ),
+    "olmoe": (tiny_olmoe, {}),
+    "olmoe, shared keys, weights that sum to 1": (tiny_olmoe, {"num_key_value_heads": 2, "norm_topk_prob": True}),
     "qwen3, biases, tied": (tiny_qwen3, {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 24}),
 }
 

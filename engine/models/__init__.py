@@ -6,7 +6,7 @@ file here and a line below.
 
 from collections.abc import Mapping
 
-from engine.models import llama, mistral, mixtral, qwen3, smollm2_moe
+from engine.models import llama, mistral, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe, smollm2_moe
 from engine.models.decoder import Decoder, KVCache
 from engine.models.hf import Architecture
 from engine.models.spec import ModelSpec
@@ -15,7 +15,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": llama.ARCHITECTURE,
     "MistralForCausalLM": mistral.ARCHITECTURE,
     "MixtralForCausalLM": mixtral.ARCHITECTURE,
+    "OlmoeForCausalLM": olmoe.ARCHITECTURE,
+    "Qwen2MoeForCausalLM": qwen2_moe.ARCHITECTURE,
     "Qwen3ForCausalLM": qwen3.ARCHITECTURE,
+    "Qwen3MoeForCausalLM": qwen3_moe.ARCHITECTURE,
     "SmolLM2MoeForCausalLM": smollm2_moe.ARCHITECTURE,
 }
 

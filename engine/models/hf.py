@@ -31,6 +31,7 @@ Experts = Annotated[int, Meta(ge=1, le=1024)]
 Size = Annotated[int, Meta(ge=1, le=2**20)]
 Vocab = Annotated[int, Meta(ge=1, le=2**22)]
 Context = Annotated[int, Meta(ge=1, le=2**24)]
+Window = Annotated[int, Meta(ge=0, le=2**24)] | None  # transformers writes 0 for Qwen2-MoE's lack of one
 TokenId = Annotated[int, Meta(ge=0, le=2**22)]
 TokenIds = TokenId | Annotated[list[TokenId], Meta(max_length=64)] | None  # one id, a list of them, or null
 Positive = Annotated[float, Meta(gt=0, le=1e12)]
@@ -89,7 +90,7 @@ class DecoderConfig(Struct, kw_only=True):
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"
-    sliding_window: Context | None = None
+    sliding_window: Window = None
     eos_token_id: TokenIds = None
 
     def feed_forwards(self) -> Sequence[FeedForward]:
@@ -98,7 +99,7 @@ class DecoderConfig(Struct, kw_only=True):
 
     def windows(self) -> Sequence[int | None]:
         """For each layer, how many positions attention sees, its own included; None: all before it."""
-        require(self.sliding_window is None, f"sliding_window {self.sliding_window} is not supported, only null")
+        require(not self.sliding_window, f"sliding_window {self.sliding_window} is not supported, only null")
         return [None] * self.num_hidden_layers
 
     def mixers(self) -> Sequence[GroupedQuery]:

@@ -11,7 +11,7 @@ class MistralConfig(llama.LlamaConfig, kw_only=True):
 
     def windows(self) -> Sequence[int | None]:
         """The same in every layer."""
-        return [self.sliding_window] * self.num_hidden_layers
+        return [self.sliding_window or None] * self.num_hidden_layers
 
 
 ARCHITECTURE = Architecture(config=MistralConfig, names=llama.ARCHITECTURE.names)

@@ -24,7 +24,7 @@ class MixtralConfig(DecoderConfig, kw_only=True):
 
     def windows(self) -> Sequence[int | None]:
         """The same in every layer; the published models have none."""
-        return [self.sliding_window] * self.num_hidden_layers
+        return [self.sliding_window or None] * self.num_hidden_layers
 
 
 _MOE = f"{names.LAYER}.block_sparse_moe"

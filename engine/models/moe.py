@@ -18,7 +18,7 @@ class MixtureOfExperts:
         self._ops = weights.ops
         bias = [Parameter("router_bias", layer)] if spec.router_bias else ()
         self._router = weights.dense_projection(weights.tensor(Parameter("router", layer)), bias)
-        self._shared = SwiGlu(weights, layer, role="shared") if spec.shared_intermediate else None
+        self._shared = _Shared(spec, weights, layer) if spec.shared_intermediate else None
         gate_up, down = [], []
         for expert in range(spec.num_experts):
             fused = (Parameter(f"expert.{role}", layer, expert) for role in ("gate", "up"))
@@ -34,3 +34,17 @@ class MixtureOfExperts:
         weights, chosen = self._ops.route(logits, self._spec.num_chosen, self._spec.score, self._spec.renormalise)
         routed = self._ops.experts(x, weights, chosen, self._gate_up, self._down, self._linear, self._ops.swiglu)
         return routed if self._shared is None else routed + self._shared(x)
+
+
+class _Shared:
+    """The expert of every token, counted whole or by a gate of its own."""
+
+    def __init__(self, spec: Mixture, weights: Weights, layer: int) -> None:
+        self._expert = SwiGlu(weights, layer, role="shared")
+        gate = Parameter("shared_gate", layer)
+        self._gate = weights.dense_projection(weights.tensor(gate)) if spec.shared_gate else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What x (T, C) gets from it (T, C)."""
+        output = self._expert(x)
+        return output if self._gate is None else output * self._gate(x).sigmoid()

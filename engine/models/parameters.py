@@ -51,7 +51,9 @@ def _mixer(mixer: Mixer, hidden: int, layer: int) -> Shapes:
     if mixer.bias:
         shapes |= {Parameter(f"{role}_bias", layer): (out,) for role, out in outs.items()}
     if mixer.query_key_norm:
-        shapes |= {Parameter(f"attention.{role}_norm", layer): (mixer.head_size,) for role in ("query", "key")}
+        per_head = mixer.query_key_norm.per_head
+        sizes = {"query": mixer.head_size, "key": mixer.head_size} if per_head else {"query": queries, "key": keys}
+        shapes |= {Parameter(f"attention.{role}_norm", layer): (size,) for role, size in sizes.items()}
     shapes[Parameter("attention.output", layer)] = (hidden, queries)
     if mixer.output_bias:
         shapes[Parameter("attention.output_bias", layer)] = (hidden,)
@@ -66,6 +68,8 @@ def _feed_forward(feed_forward: FeedForward, hidden: int, layer: int) -> Shapes:
         shapes[Parameter("router_bias", layer)] = (feed_forward.num_experts,)
     if feed_forward.shared_intermediate:
         shapes |= _swiglu("shared", hidden, feed_forward.shared_intermediate, layer)
+    if feed_forward.shared_gate:
+        shapes[Parameter("shared_gate", layer)] = (1, hidden)
     for expert in range(feed_forward.num_experts):
         shapes |= _swiglu("expert", hidden, feed_forward.intermediate, layer, expert)
     return shapes

@@ -39,9 +39,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class QueryKeyNorm:
-    """An RMS norm of queries and keys before they are rotated: of each head by itself."""
+    """An RMS norm of queries and one of keys before they are rotated: each head by itself, or all heads together."""
 
     eps: float
+    per_head: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,15 @@ class Dense:
 class Mixture:
     """`num_chosen` of `num_experts` for each token, beside one shared expert where `shared_intermediate` is not 0.
 
-    `score` and `renormalise` are those of `Ops.route`. The router's bias is a part of its logits.
+    `score` and `renormalise` are those of `Ops.route`. The router's bias is a part of its logits. With `shared_gate`
+    each token counts the shared expert by the sigmoid of one more product.
     """
 
     num_experts: int
     num_chosen: int
     intermediate: int
     shared_intermediate: int = 0
+    shared_gate: bool = False
     score: str = "softmax"
     renormalise: bool = True
     router_bias: bool = False
