@@ -22,18 +22,20 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "tokenmill needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
 		echo "Name another with  make install PYTHON=python3.12" >&2; exit 1; }
-	@echo "[1/3] .venv with $$($(PYTHON) --version)"
+	@echo "[1/4] .venv with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
 		echo "python3 cannot make virtual environments: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
-	@echo "[2/3] the installer (uv)"
+	@echo "[2/4] the installer (uv)"
 	@$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
 		|| echo "      not to be had: pip will do, and take some minutes"
-	@echo "[3/3] torch, Kafka's client and all else: 3 GB the first time, seconds when cached"
+	@echo "[3/4] torch, Kafka's client and all else: 3 GB the first time, seconds when cached"
 	@if $(BIN)/uv --version >/dev/null 2>&1; then \
 		$(BIN)/uv pip install --python $(BIN)/python --editable '.[dev]' --constraint constraints.txt; \
 	else \
 		$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt; \
 	fi
+	@echo "[4/4] the CPU kernels, compiled for this torch"
+	@$(BIN)/python -m kernels.cpu.native
 	@touch $@
 
 demo: $(STAMP) ## Run the main job here: Kafka, the model, a worker, requests, completions and their bill

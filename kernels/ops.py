@@ -87,8 +87,8 @@ class Route(Protocol):
 class Experts(Protocol):
     """The routed feed-forwards: x (T, C), weights (T, K), experts (T, K) -> (T, C).
 
-    gate_up[e] and down[e] are prepared matrices (2 I, C) and (C, I) of expert e, multiplied by `linear`, with
-    `activation` (T, 2 I) -> (T, I) between. gate_up_bias (E, 2 I) and down_bias (E, C), both or neither.
+    gate_up[e] and down[e] are prepared matrices (2 I, C) and (C, I) of expert e, stacked, and multiplied by `linear`,
+    with `activation` (T, 2 I) -> (T, I) between. gate_up_bias (E, 2 I) and down_bias (E, C), both or neither.
     """
 
     def __call__(
@@ -109,13 +109,16 @@ class Experts(Protocol):
 
 @dataclass(frozen=True)
 class WeightKernel:
-    """How a backend multiplies by one weight format: `prepare` once at load, `linear` at every step.
+    """How a backend multiplies by one weight format: `prepare` and `stack` once at load, `linear` at every step.
 
     `prepare` takes the format's parts by name (`engine/quant` documents them) and returns what `linear` likes best.
+    `stack` takes the prepared matrices of all experts, of one shape, and returns the same in the form that
+    `Ops.experts` likes best.
     """
 
     prepare: Callable[[Mapping[str, Tensor]], Any]
     linear: Linear
+    stack: Callable[[Sequence[Any]], Sequence[Any]] = list
 
 
 @dataclass(frozen=True)

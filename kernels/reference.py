@@ -201,6 +201,18 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return functional.linear(x.float(), weight).to(x.dtype)
 
 
+def quantize_rows(x: Tensor) -> Tensor:
+    """What a backend that multiplies integers makes of activations: each row's own 255 even levels, in fp32.
+
+    The levels reach from minus the row's largest magnitude to plus it. A row with anything not finite is all NaN.
+    """
+    x = x.float()
+    magnitude = x.abs().amax(-1, keepdim=True)  # (T, 1)
+    per_level = torch.full_like(magnitude, 127.0) / magnitude  # `127 / magnitude` would round twice
+    levels = (x * torch.where(magnitude == 0, 0.0, per_level)).round()
+    return levels * (magnitude / 127.0)
+
+
 def _unpacked(dequantize: Callable[[weights.Parts], Tensor]) -> WeightKernel:
     """Unpack to fp32 once, multiply in fp32: right for every format, at four bytes a weight."""
     return WeightKernel(prepare=lambda parts: dequantize(parts).float(), linear=linear)

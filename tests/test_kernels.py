@@ -55,8 +55,9 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def test_a_device_runs_its_own_table_unless_another_is_named() -> None:
-    assert pick("cpu").name == "cpu"
+    assert pick("cpu") is pick("cpu", "cpu")
     assert pick("cuda").name == "triton"
+    assert pick("cpu", "cpu-torch").name == "cpu-torch"
     assert pick("cpu", "reference") is reference.OPS
 
 
@@ -266,10 +267,34 @@ def test_linear_agrees_with_the_definition(ops: Ops, name: str, shape: tuple[int
     parts = FORMATS[name].quantize(torch.randn(shape[1], shape[0]) * 0.02)
     kernel, definition = ops.weights[name], reference.OPS.weights[name]
     weight, expected_weight = kernel.prepare(parts), definition.prepare(parts)
-    tolerance = TOLERANCE[torch.float32 if name == "fp32" and dtype == torch.float32 else torch.bfloat16]
+    tolerance = TOLERANCE[dtype if name == "fp32" or quantizes_rows(ops, name) else torch.bfloat16]
     for num_rows in NUM_ROWS:
         x = torch.randn(num_rows, shape[0]).to(dtype)
-        assert_close(kernel.linear(x, weight), definition.linear(x, expected_weight), tolerance)
+        multiplied = reference.quantize_rows(x) if quantizes_rows(ops, name) else x
+        assert_close(kernel.linear(x, weight), definition.linear(multiplied, expected_weight).to(dtype), tolerance)
+
+
+def quantizes_rows(ops: Ops, name: str) -> bool:
+    """Whether the table's products with this format are of integers on both sides."""
+    return ops.name == "cpu" and name in ("int8", "int4")
+
+
+def test_quantized_rows_are_off_by_half_a_level_of_their_own_at_most() -> None:
+    x = torch.cat([torch.randn(5, 96), torch.zeros(1, 96)])
+    half_a_level = x.abs().amax(1, keepdim=True) / 127 / 2
+    assert ((reference.quantize_rows(x) - x).abs() <= half_a_level * (1 + 1e-5)).all()
+    rows = reference.quantize_rows(torch.tensor([[1.0, torch.nan], [1.0, -torch.inf], [0.5, -1.0]]))
+    assert rows.isnan().tolist() == [[True, True], [True, True], [False, False]]
+
+
+@pytest.mark.filterwarnings("ignore:this processor has no bf16")
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_not_finite_shows_in_its_own_row_alone(any_ops: Ops, name: str) -> None:
+    kernel = any_ops.weights[name]
+    weight = kernel.prepare(FORMATS[name].quantize(torch.randn(64, 96)))
+    x = torch.randn(3, 96)
+    x[0, 5], x[2, 90] = torch.nan, torch.inf
+    assert kernel.linear(x, weight).isfinite().all(dim=1).tolist() == [False, True, False]
 
 
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")
@@ -299,18 +324,22 @@ def test_experts_agree_with_the_definition(
     down = [FORMATS[name].quantize(torch.randn(64, 32) * 0.1) for _ in range(num_experts)]
     x = torch.randn(num_tokens, 64).to(dtype)
     routed = reference.route(torch.randn(num_tokens, num_experts), num_chosen, "softmax", True)
+
+    def quantized_linear(x: Tensor, weight: Tensor) -> Tensor:
+        return reference.linear(reference.quantize_rows(x), weight)
+
     actual, expected = (
         table.experts(
-            x,
+            x if table is ops else x.float(),
             *routed,
-            [table.weights[name].prepare(parts) for parts in gate_up],
-            [table.weights[name].prepare(parts) for parts in down],
-            table.weights[name].linear,
+            table.weights[name].stack([table.weights[name].prepare(parts) for parts in gate_up]),
+            table.weights[name].stack([table.weights[name].prepare(parts) for parts in down]),
+            table.weights[name].linear if table is ops or not quantizes_rows(ops, name) else quantized_linear,
             table.swiglu,
         )
         for table in (ops, reference.OPS)
     )
-    assert_close(actual, expected, 2 * TOLERANCE[dtype])  # two products and a gate in a row
+    assert_close(actual, expected.to(dtype), 2 * TOLERANCE[dtype])  # two products and a gate in a row
 
 
 def test_experts_sum_the_chosen_ones_by_weight(any_ops: Ops) -> None:

@@ -24,9 +24,10 @@ class MixtureOfExperts:
             fused = (Parameter(f"expert.{role}", layer, expert) for role in ("gate", "up"))
             gate_up.append(weights.projection(*fused))
             down.append(weights.projection(Parameter("expert.down", layer, expert)))
-        self._linear = down[0].kernel.linear
-        self._gate_up = [projection.weight for projection in gate_up]
-        self._down = [projection.weight for projection in down]
+        kernel = down[0].kernel
+        self._linear = kernel.linear
+        self._gate_up = kernel.stack([projection.weight for projection in gate_up])
+        self._down = kernel.stack([projection.weight for projection in down])
 
     def __call__(self, x: Tensor) -> Tensor:
         """The weighted sum of each token's chosen experts, plus the shared expert: x (T, C) -> (T, C)."""

@@ -1,4 +1,4 @@
-"""The CPU table: torch's own fastest primitives where they beat the definition, the definition elsewhere.
+"""The CPU table without C++: torch's own fastest primitives where they beat the definition, the definition elsewhere.
 
 Owns the choice of primitive. Never quantizes activations with a scale shared by rows: what a sequence gets must not
 depend on which others are in the batch.
@@ -11,7 +11,7 @@ from kernels.cpu import attention, elementwise, experts, linear, sample
 
 OPS = dataclasses.replace(
     reference.OPS,
-    name="cpu",
+    name="cpu-torch",
     rms_norm=elementwise.rms_norm,
     add_rms_norm=elementwise.add_rms_norm,
     swiglu=elementwise.swiglu,

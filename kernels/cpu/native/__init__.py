@@ -1,0 +1,111 @@
+"""The CPU table in C++: the few ops that a step consists of, each one call.
+
+Owns the table. `*.cpp` and `*.h` hold the kernels, `build.py` gets them compiled, `packing.py` lays weights out for
+them. Products with int8 and int4 weights quantize each row of activations by itself (`reference.quantize_rows`), those
+with bf16 weights round them to bf16. What a row becomes does not depend on the other rows of the batch, to the bit;
+fp32 weights alone go through torch and are as equal as torch makes them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import cpu, reference
+from kernels.cpu import experts as torch_experts
+from kernels.cpu.native import packing
+from kernels.cpu.native.build import Unavailable, load
+from kernels.cpu.native.packing import PACK, Packed, PackedExperts
+from kernels.ops import AttentionBatch, Linear, Ops, WeightKernel
+
+__all__ = ["Unavailable", "ops"]
+
+
+@cache
+def ops() -> Ops:
+    """The table. Raises Unavailable where there are no C++ kernels."""
+    load()
+    calls = torch.ops.tokenmill_cpu
+    return dataclasses.replace(
+        cpu.OPS,
+        name="cpu",
+        rms_norm=calls.rms_norm.default,
+        add_rms_norm=calls.add_rms_norm.default,
+        rotary=calls.rotary.default,
+        write_kv=calls.write_kv.default,
+        attention=attention,
+        swiglu=swiglu,
+        route=route,
+        experts=experts,
+        weights={**cpu.OPS.weights, **{name: WeightKernel(pack, linear, packing.stack) for name, pack in PACK.items()}},
+    )
+
+
+def linear(x: Tensor, weight: Packed) -> Tensor:
+    """As the definition, with x rounded as its format has it."""
+    product: Tensor = torch.ops.tokenmill_cpu.linear.default(x, weight.data, weight.format, weight.out)
+    return product
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """As the definition."""
+    gated: Tensor = torch.ops.tokenmill_cpu.swiglu.default(gate_up)
+    return gated
+
+
+def experts(
+    x: Tensor,
+    chosen_weights: Tensor,
+    chosen: Tensor,
+    gate_up: Sequence[Any],
+    down: Sequence[Any],
+    linear: Linear,
+    activation: Callable[[Tensor], Tensor],
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """As the definition: all of it in one call, where the experts are packed, gated by `swiglu` and without biases."""
+    plain = activation is swiglu and gate_up_bias is None and down_bias is None
+    if not (plain and isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts)):
+        return torch_experts.experts(
+            x, chosen_weights, chosen, gate_up, down, linear, activation, gate_up_bias, down_bias
+        )
+    total: Tensor = torch.ops.tokenmill_cpu.experts.default(
+        x, chosen_weights, chosen, gate_up.data, down.data, gate_up.format, gate_up.out // 2
+    )
+    return total
+
+
+def attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As the definition."""
+    attended: Tensor = torch.ops.tokenmill_cpu.attention.default(
+        query, key_cache, value_cache, batch.block_tables, batch.query_starts, batch.context_lens, scale, window, sinks
+    )
+    return attended
+
+
+def route(
+    logits: Tensor,
+    num_chosen: int,
+    score: str,
+    renormalise: bool,
+    scale: float = 1.0,
+    num_groups: int = 1,
+    groups_chosen: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """As the definition, which does it where experts are grouped."""
+    if num_groups > 1:
+        return reference.route(logits, num_chosen, score, renormalise, scale, num_groups, groups_chosen)
+    weights, chosen = torch.ops.tokenmill_cpu.route.default(logits, num_chosen, score, renormalise, scale)
+    return weights, chosen

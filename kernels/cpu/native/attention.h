@@ -1,0 +1,145 @@
+// Causal attention over the block cache, by tiles of positions with a running softmax (FlashAttention, arXiv 2205.14135).
+//
+// Bound: with one token a sequence by the bytes of its keys and values, read once for all heads that share them. Tiles
+// begin at position 0 whatever was computed before, so a token's result is the same in a prefill and in a decode.
+#pragma once
+
+#include <math.h>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace tokenmill::ISA {
+
+constexpr int64_t kTile = 32;  // positions: with 64 numbers of fp32 their keys are 8 KB, their values as much
+
+INLINE int lanes(int64_t n) { return n < 0 ? 0 : n > 16 ? 16 : int(n); }
+
+// One row's state: the largest score yet, the sum of e^(score - largest), and values weighted by it (padded D).
+struct Running {
+  float largest, sum;
+};
+
+// Scratch of one task: for each row its query and its output, padded to whole registers.
+inline int64_t attention_floats(const Attention& a) {
+  return kAttentionRows * (padded(a.keys.size, 16) + padded(a.values.size, 16));
+}
+
+// Where a tile's keys and values stand.
+template <class T>
+struct Places {
+  const T *keys[kTile], *values[kTile];
+  int64_t size;
+};
+
+template <class T>
+INLINE void find(const Attention& a, const AttentionTask& task, int64_t start, int64_t size, Places<T>& places) {
+  places.size = size;
+  for (int64_t i = 0; i < size; i++) {
+    const int64_t position = start + i;
+    const int64_t slot = task.blocks[position / a.block_size] * a.block_size + position % a.block_size;
+    places.keys[i] = (const T*)a.keys.data + slot * a.keys.slot_stride + task.group * a.keys.group_stride;
+    places.values[i] = (const T*)a.values.data + slot * a.values.slot_stride + task.group * a.values.group_stride;
+  }
+}
+
+// scores[i] = query . key of place i, for first <= i < last; minus infinity elsewhere.
+template <class T>
+INLINE void score(const Places<T>& places, int64_t first, int64_t last, const float* query, int64_t size, float* scores) {
+  for (int64_t i = 0; i < kTile; i++) {
+    if (i < first || i >= last) {
+      scores[i] = -INFINITY;
+      continue;
+    }
+    Floats total = broadcast(0.0f);
+    for (int64_t d = 0; d < size; d += 16) {
+      total = fma(load(query + d), load_up_to(places.keys[i] + d, size - d), total);
+    }
+    scores[i] = sum(total);
+  }
+}
+
+// output = output * fade + sum of masses[i] * value of place i. Four registers at a time hide the latency of the sums.
+template <class T>
+INLINE void add_values(const Places<T>& places, int64_t first, int64_t last, const float* masses, float fade, int64_t size,
+                       float* output) {
+  for (int64_t d = 0; d < size; d += 64) {
+    const int64_t rest = size - d;
+    Floats totals[4];
+    for (int v = 0; v < 4; v++) totals[v] = 16 * v < rest ? load(output + d + 16 * v) * broadcast(fade) : broadcast(0.0f);
+    for (int64_t i = first; i < last; i++) {
+      const Floats mass = broadcast(masses[i]);
+      const T* value = places.values[i] + d;
+      for (int v = 0; v < 4; v++) {
+        if (16 * v < rest) totals[v] = fma(mass, load_up_to(value + 16 * v, rest - 16 * v), totals[v]);
+      }
+    }
+    for (int v = 0; v < 4; v++) {
+      if (16 * v < rest) store(output + d + 16 * v, totals[v]);
+    }
+  }
+}
+
+// The row has seen the places first .. last more.
+template <class T>
+INLINE void see(const Attention& a, const Places<T>& places, int64_t first, int64_t last, const float* query,
+                Running& running, float* output) {
+  alignas(64) float scores[kTile];
+  score(places, first, last, query, a.keys.size, scores);
+  Floats greatest = broadcast(running.largest);
+  for (int64_t i = 0; i < kTile; i += 16) greatest = maximum(greatest, load(scores + i));
+  const float largest_now = largest(greatest);
+  Floats total = broadcast(0.0f);
+  for (int64_t i = 0; i < kTile; i += 16) {
+    Floats mass = exponential(load(scores + i) - broadcast(largest_now));
+    mass = keep_first(mass, lanes(last - i), 0.0f) - keep_first(mass, lanes(first - i), 0.0f);
+    total = total + mass;
+    store(scores + i, mass);
+  }
+  const float fade = expf(running.largest - largest_now);  // 0 at first
+  running = {largest_now, running.sum * fade + sum(total)};
+  add_values(places, first, last, scores, fade, a.values.size, output);
+}
+
+template <class T>
+void attend_as(const Attention& a, const AttentionTask& task, float* scratch) {
+  const int64_t heads = a.num_heads / a.num_groups, num_rows = task.last - task.first;
+  const int64_t key_size = padded(a.keys.size, 16), value_size = padded(a.values.size, 16);
+  float *queries = scratch, *outputs = scratch + kAttentionRows * key_size;
+  Running running[kAttentionRows];
+  const auto token = [&](int64_t row) { return (task.first + row) / heads; };  // of the sequence's, in this step
+  const auto head = [&](int64_t row) { return task.group * heads + (task.first + row) % heads; };
+  for (int64_t row = 0; row < num_rows; row++) {
+    running[row] = a.sinks ? Running{a.sinks[head(row)], 1.0f} : Running{-INFINITY, 0.0f};
+    const float* query = a.query + ((task.token + token(row)) * a.num_heads + head(row)) * a.keys.size;
+    for (int64_t d = 0; d < key_size; d += 16) {
+      store(queries + row * key_size + d, load_up_to(query + d, a.keys.size - d) * broadcast(a.scale));
+    }
+    for (int64_t d = 0; d < value_size; d += 16) store(outputs + row * value_size + d, broadcast(0.0f));
+  }
+  const int64_t begin = task.position + token(0) + 1 - a.window;  // of what the first row sees, and below it the tile's
+  const int64_t end = task.position + token(num_rows - 1) + 1;    // of what the last row sees
+  Places<T> places;
+  for (int64_t start = begin > 0 ? begin / kTile * kTile : 0; start < end; start += kTile) {
+    find(a, task, start, end - start < kTile ? end - start : kTile, places);
+    for (int64_t row = 0; row < num_rows; row++) {
+      const int64_t last = task.position + token(row) + 1 - start, first = last > a.window ? last - a.window : 0;
+      if (last <= 0 || first >= places.size) continue;
+      see(a, places, first, last < places.size ? last : places.size, queries + row * key_size, running[row],
+          outputs + row * value_size);
+    }
+  }
+  for (int64_t row = 0; row < num_rows; row++) {
+    const Floats inverse = broadcast(1.0f / running[row].sum);
+    float* output = a.output + ((task.token + token(row)) * a.num_heads + head(row)) * a.values.size;
+    for (int64_t d = 0; d < a.values.size; d += 16) {
+      store_up_to(output + d, load(outputs + row * value_size + d) * inverse, a.values.size - d);
+    }
+  }
+}
+
+inline void attend(const Attention& a, const AttentionTask& task, float* scratch) {
+  a.is_bf16 ? attend_as<bf16>(a, task, scratch) : attend_as<float>(a, task, scratch);
+}
+
+}  // namespace tokenmill::ISA

@@ -1,0 +1,90 @@
+// What the kernels are given, and the table of them that each instruction set fills in.
+//
+// A kernel works on a part of an op's work, on one thread, and knows nothing of torch; `ops.cpp` checks, allocates and
+// hands the parts to torch's threads. A row of activations comes out alike whatever the other rows are, to the bit.
+#pragma once
+
+#include <cstdint>
+
+namespace tokenmill {
+
+// Weights stand in blocks of 64 output features, each of them one sequential stream: see `packing.py`.
+constexpr int64_t kBlock = 64;
+constexpr int64_t kInt4Group = 32;
+
+enum class Format : int64_t { bf16, int8, int4 };
+
+struct Matrix {
+  Format format;
+  const uint8_t* data;  // (blocks, block_bytes)
+  int64_t num_blocks, block_bytes;
+  int64_t in;
+};
+
+// T rows of x (T, in), prepared for a format: bf16, or int8 with a scale for the row and the sums that undo the bias
+// of the weights. A row is a record of `bytes`: the values, padded to whole registers, then scale and sums.
+struct Rows {
+  uint8_t* data;
+  int64_t bytes;
+  const uint8_t* operator[](int64_t row) const { return data + row * bytes; }
+};
+
+static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t values_bytes(Format format, int64_t in) { return padded(format == Format::bf16 ? 2 * in : in, 64); }
+static inline int64_t row_bytes(Format format, int64_t in) {
+  const int64_t num_sums = format == Format::int4 ? in / kInt4Group : format == Format::int8 ? 1 : 0;
+  return values_bytes(format, in) + padded(4 * (1 + num_sums), 64);
+}
+
+// Where the products of a block go: y[row][column .. column + columns) = product, or += weight[i] * product.
+struct Product {
+  float* y;
+  int64_t stride;
+  const int64_t* rows;   // of y, by row of the product; null: the same
+  const float* weights;  // null: store
+};
+
+// One of the two caches: (N, B, G, size), perhaps a view of a wider one.
+struct Cache {
+  const void* data;
+  int64_t size, slot_stride, group_stride;
+};
+
+struct Attention {
+  const float* query;  // (T, H, D)
+  float* output;       // (T, H, Dv)
+  Cache keys, values;
+  bool is_bf16;  // both caches, else fp32
+  int64_t num_heads, num_groups, block_size;
+  float scale;
+  int64_t window;      // positions that a row sees, its own the last
+  const float* sinks;  // (H,) or null
+};
+
+constexpr int64_t kAttentionRows = 32;  // of a task, at most: their state stays in the first-level cache
+
+// Rows first .. last of those of one sequence and one key-value head. A row is a query of one head: token by token, and
+// for each token the heads that share the key-value head.
+struct AttentionTask {
+  const int64_t* blocks;
+  int64_t token, position;  // of the sequence's first row in this step
+  int64_t group;
+  int64_t first, last;
+};
+
+struct Kernels {
+  void (*prepare_row)(Format, const float* x, int64_t in, uint8_t* row);
+  void (*swiglu_row)(const float* gate, const float* up, int64_t size, float* y);
+  void (*rms_norm_row)(const float* x, const float* weight, int64_t size, float eps, float* y);
+  void (*add_row)(const float* a, const float* b, int64_t size, float* y);
+  void (*rotate_row)(const float* x, const float* cos, const float* sin, int64_t half, float* y);
+  void (*narrow_row)(const float* x, int64_t size, uint16_t* y);
+  void (*multiply)(const Matrix&, int64_t block, const Rows&, const int64_t* chosen, int64_t num_rows, const Product&,
+                   int64_t columns);
+  void (*attend)(const Attention&, const AttentionTask&, float* scratch);
+  int64_t (*attention_floats)(const Attention&);  // of scratch for one thread
+};
+
+extern const Kernels kernels_avx512_bf16, kernels_avx512, kernels_avx2;
+
+}  // namespace tokenmill

@@ -1,0 +1,266 @@
+// Multiplying rows of activations by blocks of a packed matrix, and preparing the rows.
+//
+// Bound: with few rows by the bytes of the weights, each read once; with many by dot products. A tile is up to kTileRows
+// rows times as many vectors of 16 output features as the registers hold; the tiles of a block find it in the cache.
+#pragma once
+
+#include <utility>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace tokenmill::ISA {
+
+constexpr int kTileRows = kRegisters == 32 ? 6 : 4;
+constexpr int64_t kPrefetchBytes = 2048;  // ahead in the stream: 1 to 4 KB do equally well
+
+// f(0), f(1), ... f(N - 1) with constants: gcc unrolls loops too late to keep arrays in registers.
+template <int... I, class F>
+INLINE void unroll(std::integer_sequence<int, I...>, F&& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+INLINE void unroll(F&& f) {
+  unroll(std::make_integer_sequence<int, N>{}, f);
+}
+#define FOR(variable) [&](auto variable) __attribute__((always_inline))
+
+INLINE Words broadcast_word(const uint8_t* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return broadcast(word);
+}
+INLINE void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p + kPrefetchBytes, _MM_HINT_T0); }
+
+// How many vectors of a block a tile of M rows computes at once, with `sets` accumulators for each row and vector.
+template <int M>
+constexpr int vectors(int sets) {
+  const int room = (kRegisters == 32 ? 24 : 4) / (M * sets);
+  return room >= 4 ? 4 : room >= 2 ? 2 : 1;
+}
+
+// One accumulator for each of M rows, for one vector. Arrays of their own, since gcc 12 gives up on one of 1 KB.
+template <class T, int M>
+struct Column {
+  T row[M];
+};
+template <class T, int M, int V>
+struct Columns {
+  Column<T, M> a, b, c, d;
+  template <int v>
+  INLINE T* at() {
+    static_assert(v < V);
+    if constexpr (v == 0) return a.row;
+    else if constexpr (v == 1) return b.row;
+    else if constexpr (v == 2) return c.row;
+    else return d.row;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- int8
+//
+// A block: 64 scales, then for each four inputs 64 features x 4 bytes w + 128.
+// y = scale_w scale_x (sum (w + 128) x - 128 sum x).
+
+struct Int8 {
+  template <int M>
+  static constexpr int kVectors = vectors<M>(1);
+
+  template <int M, int V>
+  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M], float* out) {
+    Columns<Words, M, V> sums;
+    unroll<V>(FOR(v) { unroll<M>(FOR(m) { sums.template at<v>()[m] = broadcast(int32_t(0)); }); });
+    const uint8_t* w = block + 4 * kBlock + 64 * first;
+    for (int64_t k = 0; k < in; k += 4, w += 4 * kBlock) {
+      Words weights[V];
+      unroll<V>(FOR(v) { weights[v] = load_words(w + 64 * v), prefetch(w + 64 * v); });
+      unroll<M>(FOR(m) {
+        const Words x = broadcast_word(rows[m] + k);
+        unroll<V>(FOR(v) { dot4(sums.template at<v>()[m], weights[v], x); });
+      });
+    }
+    const float* scales = (const float*)block + 16 * first;
+    unroll<M>(FOR(m) {
+      const uint8_t* tail = rows[m] + values_bytes(Format::int8, in);
+      const Floats scale = broadcast(*(const float*)tail);
+      const Words bias = broadcast(-kWeightBias * *(const int32_t*)(tail + 4));
+      unroll<V>(FOR(v) {
+        const Floats product = to_floats(add(sums.template at<v>()[m], bias));
+        store(out + kBlock * m + 16 * v, product * (scale * load(scales + 16 * v)));
+      });
+    });
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- int4
+//
+// A block: for each group of 32 inputs 64 scales and 64 zeros in bf16, then for each eight inputs 64 features x 4 bytes,
+// the first four inputs in the low nibbles. y = scale_x sum over groups of (scale_w (sum q x - 8 sum x) + zero sum x).
+
+struct Int4 {
+  template <int M>
+  static constexpr int kVectors = vectors<M>(2);
+
+  template <int M, int V>
+  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M], float* out) {
+    constexpr int64_t kGroupBytes = 4 * kBlock + kInt4Group / 2 * kBlock;
+    const int64_t values = values_bytes(Format::int4, in);
+    Columns<Floats, M, V> totals;
+    unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
+    const int32_t* group_sums[M];
+    unroll<M>(FOR(m) { group_sums[m] = (const int32_t*)(rows[m] + values + 4); });
+    for (int64_t g = 0; g < in / kInt4Group; g++, block += kGroupBytes) {
+      Columns<Words, M, V> sums;
+      unroll<M>(FOR(m) {
+        const Words bias = broadcast(-8 * group_sums[m][g]);
+        unroll<V>(FOR(v) { sums.template at<v>()[m] = bias; });
+      });
+      unroll<kInt4Group / 8>(FOR(eight) {
+        const uint8_t* w = block + 4 * kBlock + 4 * kBlock * eight + 64 * first;
+        const int64_t k = g * kInt4Group + 8 * eight;
+        Words bytes[V];
+        unroll<V>(FOR(v) { bytes[v] = load_words(w + 64 * v), prefetch(w + 64 * v); });
+        unroll<M>(FOR(m) {
+          const Words x = broadcast_word(rows[m] + k);
+          unroll<V>(FOR(v) { dot4_unsigned(sums.template at<v>()[m], low_nibbles(bytes[v]), x); });
+        });
+        unroll<M>(FOR(m) {
+          const Words x = broadcast_word(rows[m] + k + 4);
+          unroll<V>(FOR(v) { dot4_unsigned(sums.template at<v>()[m], high_nibbles(bytes[v]), x); });
+        });
+      });
+      const bf16* scales = (const bf16*)block + 16 * first;
+      unroll<V>(FOR(v) {
+        const Floats scale = load(scales + 16 * v), zero = load(scales + kBlock + 16 * v);
+        unroll<M>(FOR(m) {
+          Floats& total = totals.template at<v>()[m];
+          total = fma(zero, broadcast(float(group_sums[m][g])), fma(scale, to_floats(sums.template at<v>()[m]), total));
+        });
+      });
+    }
+    unroll<M>(FOR(m) {
+      const Floats scale = broadcast(*(const float*)(rows[m] + values));
+      unroll<V>(FOR(v) { store(out + kBlock * m + 16 * v, totals.template at<v>()[m] * scale); });
+    });
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- bf16
+//
+// A block: for each two inputs 64 features x 2 numbers.
+
+struct Bf16 {
+  template <int M>
+  static constexpr int kVectors = vectors<M>(1);
+
+  template <int M, int V>
+  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M], float* out) {
+    Columns<Floats, M, V> totals;
+    unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
+    const uint8_t* w = block + 64 * first;
+    for (int64_t k = 0; k < in; k += 2, w += 4 * kBlock) {
+      Words weights[V];
+      unroll<V>(FOR(v) { weights[v] = load_words(w + 64 * v), prefetch(w + 64 * v); });
+      unroll<M>(FOR(m) {
+        const Words x = broadcast_word(rows[m] + 2 * k);
+        unroll<V>(FOR(v) { dot2(totals.template at<v>()[m], weights[v], x); });
+      });
+    }
+    unroll<M>(FOR(m) { unroll<V>(FOR(v) { store(out + kBlock * m + 16 * v, totals.template at<v>()[m]); }); });
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------ the whole
+
+// out (M, 64) = M rows times one block.
+template <class F, int M>
+void tile(const uint8_t* block, int64_t in, const uint8_t* const* some_rows, float* out) {
+  constexpr int V = F::template kVectors<M>;
+  const uint8_t* rows[M];
+  unroll<M>(FOR(m) { rows[m] = some_rows[m]; });
+  for (int first = 0; first < 4; first += V) F::template multiply<M, V>(block, first, in, rows, out + 16 * first);
+}
+
+template <class F, int... M>
+INLINE void tile(int num_rows, const uint8_t* block, int64_t in, const uint8_t* const* rows, float* out,
+                 std::integer_sequence<int, M...>) {
+  ((num_rows == M + 1 ? tile<F, M + 1>(block, in, rows, out) : void()), ...);
+}
+
+INLINE void put(const Product& product, int64_t row, int64_t column, const float* tile_row, int64_t columns) {
+  float* y = product.y + (product.rows ? product.rows[row] : row) * product.stride + column;
+  for (int64_t i = 0; i < columns; i += 16) {
+    const Floats x = load(tile_row + i);
+    const Floats old = product.weights ? load_up_to(y + i, columns - i) : x;
+    store_up_to(y + i, product.weights ? fma(x, broadcast(product.weights[row]), old) : x, columns - i);
+  }
+}
+
+template <class F>
+void multiply_as(const Matrix& matrix, int64_t block, const Rows& rows, const int64_t* chosen, int64_t num_rows,
+                 const Product& product, int64_t columns) {
+  alignas(64) float out[kTileRows * kBlock];
+  const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  int64_t row = 0;
+  for (int64_t t = 0; t < num_tiles; t++) {
+    const int size = int((num_rows - row + num_tiles - t - 1) / (num_tiles - t));  // evenly: two of 4, not 6 and 2
+    const uint8_t* some_rows[kTileRows];
+    for (int m = 0; m < size; m++) some_rows[m] = rows[chosen ? chosen[row + m] : row + m];
+    tile<F>(size, matrix.data + block * matrix.block_bytes, matrix.in, some_rows, out,
+            std::make_integer_sequence<int, kTileRows>{});
+    for (int m = 0; m < size; m++) put(product, row + m, block * kBlock, out + kBlock * m, columns);
+    row += size;
+  }
+}
+
+// The rows chosen[0 .. num_rows) (null: 0 .. num_rows) times the block, of which `columns` features are not padding.
+inline void multiply(const Matrix& matrix, int64_t block, const Rows& rows, const int64_t* chosen, int64_t num_rows,
+                     const Product& product, int64_t columns) {
+  switch (matrix.format) {
+    case Format::bf16: return multiply_as<Bf16>(matrix, block, rows, chosen, num_rows, product, columns);
+    case Format::int8: return multiply_as<Int8>(matrix, block, rows, chosen, num_rows, product, columns);
+    case Format::int4: return multiply_as<Int4>(matrix, block, rows, chosen, num_rows, product, columns);
+  }
+}
+
+// One number for 16 inputs and their sum; the row's own scale is its largest magnitude / 127.
+inline void quantize_row(Format format, const float* x, int64_t in, uint8_t* row) {
+  Floats largest_yet = broadcast(0.0f), nothing = broadcast(0.0f);
+  for (int64_t k = 0; k < in; k += 16) {
+    const Floats some = load_up_to(x + k, in - k);
+    largest_yet = maximum(largest_yet, absolute(some));
+    nothing = fma(some, broadcast(0.0f), nothing);
+  }
+  const float magnitude = largest(largest_yet);
+  const Floats inverse = broadcast(magnitude > 0 ? 127.0f / magnitude : 0.0f);
+  float* tail = (float*)(row + values_bytes(format, in));
+  tail[0] = magnitude / 127.0f + sum(nothing);  // not a number if any is not finite, and so then is the whole product
+  int32_t* sums = (int32_t*)tail + 1;
+  const int64_t per_sum = format == Format::int4 ? kInt4Group : values_bytes(format, in);
+  for (int64_t k = 0; k < values_bytes(format, in); k += per_sum) {
+    if (k >= in) {  // the padding behind the last group
+      for (int64_t j = k; j < k + per_sum; j += 16) store_int8((int8_t*)row + j, broadcast(int32_t(0)));
+      continue;
+    }
+    Words total = broadcast(int32_t(0));
+    for (int64_t j = k; j < k + per_sum; j += 16) {
+      const Floats some = j < in ? load_up_to(x + j, in - j) : broadcast(0.0f);
+      const Words q = nearest(some * inverse);
+      total = add(total, q);
+      store_int8((int8_t*)row + j, q);
+    }
+    *sums++ = sum(total);
+  }
+}
+
+inline void narrow_row(const float* x, int64_t size, bf16* y) {
+  for (int64_t i = 0; i < size; i++) y[i] = narrow(x[i]);
+}
+
+inline void prepare_row(Format format, const float* x, int64_t in, uint8_t* row) {
+  if (format != Format::bf16) return quantize_row(format, x, in, row);
+  narrow_row(x, in, (bf16*)row);
+  std::memset(row + 2 * in, 0, values_bytes(format, in) - 2 * in);
+}
+
+}  // namespace tokenmill::ISA

@@ -1,0 +1,90 @@
+"""Weights as the C++ kernels read them: each block of 64 output features one sequential stream.
+
+Owns the layout on this side; `matmul.h` reads it. A lane of a register is one output feature and takes 4 bytes at a
+time, which are consecutive inputs. Scales stand in the stream before what they scale. Missing features are zeros.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.weights import INT4_GROUP, Parts, unpack_int4
+
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One matrix (out, in)."""
+
+    data: Tensor  # (blocks, bytes) uint8
+    format: int  # the kernels' number of it
+    out: int
+
+
+@dataclass(frozen=True)
+class PackedExperts(Sequence[Packed]):
+    """The matrices of all experts, one behind the other."""
+
+    data: Tensor  # (E, blocks, bytes) uint8
+    format: int
+    out: int
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @overload
+    def __getitem__(self, index: int) -> Packed: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Packed]: ...
+    def __getitem__(self, index: int | slice) -> Packed | Sequence[Packed]:
+        data = self.data[index]
+        kind = Packed if isinstance(index, int) else PackedExperts
+        return kind(data, self.format, self.out)
+
+
+def stack(matrices: Sequence[Packed]) -> PackedExperts:
+    """Matrices of one shape."""
+    return PackedExperts(torch.stack([matrix.data for matrix in matrices]), matrices[0].format, matrices[0].out)
+
+
+def pack_bf16(parts: Parts) -> Packed:
+    """Two inputs a lane."""
+    weight = _in_blocks(parts["weight"].bfloat16(), 2)  # (blocks, in / 2, 64, 2)
+    return Packed(_bytes(weight), FORMATS["bf16"], len(parts["weight"]))
+
+
+def pack_int8(parts: Parts) -> Packed:
+    """Four inputs a lane, as w + 128, behind the block's scales in fp32."""
+    q = _in_blocks(parts["q"].view(torch.uint8) ^ 128, 4, padding=128)  # (blocks, in / 4, 64, 4)
+    scale = _in_blocks(parts["scale"].float()[:, None], 1)
+    return Packed(torch.cat([_bytes(scale), _bytes(q)], dim=1), FORMATS["int8"], len(parts["q"]))
+
+
+def pack_int4(parts: Parts) -> Packed:
+    """Group by group: scales, zeros, then eight inputs a lane, the first four in the low nibbles."""
+    levels = _in_blocks(unpack_int4(parts["q"]), 8)  # (blocks, in / 8, 64, 8)
+    nibbles = levels[..., :4] | (levels[..., 4:] << 4)  # (blocks, in / 8, 64, 4)
+    nibbles = nibbles.view(len(nibbles), -1, INT4_GROUP // 8, BLOCK, 4)  # (blocks, groups, 4, 64, 4)
+    heads = [_in_blocks(parts[name], 1) for name in ("scale", "zero")]  # (blocks, groups, 64, 1) each
+    streams = [stream.flatten(2).contiguous().view(torch.uint8) for stream in (*heads, nibbles)]
+    return Packed(torch.cat(streams, dim=2).flatten(1), FORMATS["int4"], len(parts["q"]))
+
+
+def _in_blocks(matrix: Tensor, inputs: int, padding: int = 0) -> Tensor:
+    """(out, in) -> (blocks, in / inputs, 64, inputs), padded where a block or a lane is not full."""
+    num_out, num_in = matrix.shape
+    padded = functional.pad(matrix, (0, -num_in % inputs, 0, -num_out % BLOCK), value=padding)
+    return padded.view(-1, BLOCK, padded.shape[1] // inputs, inputs).transpose(1, 2)
+
+
+def _bytes(blocks: Tensor) -> Tensor:
+    return blocks.flatten(1).contiguous().view(torch.uint8)
+
+
+FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
+PACK: Mapping[str, Callable[[Parts], Packed]] = {"bf16": pack_bf16, "int8": pack_int8, "int4": pack_int4}
