@@ -65,3 +65,31 @@ def test_elementwise_kernels_move_16_bytes_at_a_time(compiled: dict[str, list[Co
         assert min(wide) >= 1, kernel
         narrow = kernel.count(r"(LDG|STG)\.E(?!.*\.(64|128))")  # slots, and no more of each than there are rows
         assert narrow <= 1, kernel
+
+
+ATTENTION = [name for name in LAUNCHES if name.partition(",")[0] in {"decode", "drafts", "many drafts", "prompt"}]
+
+# Instructions of one thread for each element of the cache that it helps to read. The device has 20 to spare when it
+# reads bf16 at 3 TB/s (132 multiprocessors, 128 lanes, 1.75 GHz). Decodes need 4, drafts 5, latent decodes 6.8.
+INSTRUCTIONS_PER_ELEMENT_MAX = 7.0
+
+
+@pytest.mark.parametrize("launch", ATTENTION)
+def test_attention_reads_the_cache_16_bytes_at_a_time_ahead_of_its_use(
+    compiled: dict[str, list[Compiled]], launch: str
+) -> None:
+    for kernel in each(compiled[launch], "_attend"):
+        copies = {name for name in kernel.loop if name.startswith("LDGSTS")}  # from memory to shared memory, at once
+        assert "LDGSTS.E.BYPASS.128" in copies, kernel
+        assert copies <= {"LDGSTS.E.BYPASS.128", "LDGSTS.E.64"}, kernel  # the 8 bytes are a block's number
+        is_latent = kernel.constants["VALUE_IS_KEY"]
+        columns = kernel.constants["KEY_SIZE"] + (0 if is_latent else kernel.constants["VALUE_SIZE"])
+        per_thread = kernel.constants["TILE"] * columns / (kernel.num_warps * 32)
+        if kernel.constants["ROWS"] <= 32:
+            assert sum(kernel.loop.values()) / per_thread <= INSTRUCTIONS_PER_ELEMENT_MAX, kernel
+
+
+@pytest.mark.parametrize("launch", [name for name in ATTENTION if name.startswith(("prompt", "many"))])
+def test_long_queries_use_the_products_of_whole_warp_groups(compiled: dict[str, list[Compiled]], launch: str) -> None:
+    for kernel in each(compiled[launch], "_attend"):
+        assert kernel.products == {"HGMMA"}, kernel

@@ -4,12 +4,14 @@ Owns the shapes. Tensors are on torch's meta device: they have a shape, a type a
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.triton import elementwise
+from kernels.ops import AttentionBatch
+from kernels.triton import attention, elementwise
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -36,6 +38,34 @@ def swiglu(intermediate: int) -> None:
     elementwise.swiglu(tensor(8, 2 * intermediate))
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The attention of one model."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    value_size: int = 0  # 0: the head size
+
+
+MIXTRAL = Heads(32, 8, 128)
+QWEN3 = Heads(32, 4, 128)
+GPT_OSS = Heads(64, 8, 64)
+V2_LITE = Heads(16, 1, 576, 512)  # latent attention, its weights absorbed: the value is the first part of the key
+
+
+def attend(
+    heads: Heads, num_queries: int, *, block_size: int = 16, window: int | None = None, has_sinks: bool = False
+) -> None:
+    """One sequence of 4,096 tokens, `num_queries` of them new."""
+    query = tensor(num_queries, heads.num_heads, heads.head_size)
+    keys = tensor(1024, block_size, heads.num_kv_heads, heads.head_size)
+    values = keys[..., : heads.value_size] if heads.value_size else tensor(*keys.shape)
+    table = tensor(1, 4096 // block_size, dtype=torch.int64)
+    batch = AttentionBatch(table, [0, num_queries], [4096], tensor(num_queries, dtype=torch.int64))
+    attention.attention(query, keys, values, batch, 0.1, window, tensor(heads.num_heads) if has_sinks else None)
+
+
 LAUNCHES: Mapping[str, Callable[[], None]] = {
     "norms, Qwen3-30B-A3B": partial(norms, 2048),
     "norms, Mixtral": partial(norms, 4096),
@@ -45,4 +75,16 @@ LAUNCHES: Mapping[str, Callable[[], None]] = {
     "rotate and write, GPT-OSS": partial(before_attention, 64, 8, 64),
     "swiglu, Mixtral": partial(swiglu, 14336),
     "swiglu, DeepSeek-V2-Lite": partial(swiglu, 10944),
+    "decode, Mixtral": partial(attend, MIXTRAL, 1),
+    "decode, Qwen3-30B-A3B": partial(attend, QWEN3, 1),
+    "decode, Qwen3-30B-A3B, blocks of 64": partial(attend, QWEN3, 1, block_size=64),
+    "decode, GPT-OSS": partial(attend, GPT_OSS, 1, window=128, has_sinks=True),
+    "decode, DeepSeek-V2-Lite": partial(attend, V2_LITE, 1),
+    "drafts, Mixtral": partial(attend, MIXTRAL, 4),
+    "drafts, Qwen3-30B-A3B": partial(attend, QWEN3, 4),
+    "many drafts, Qwen3-30B-A3B": partial(attend, QWEN3, 8),
+    "drafts, DeepSeek-V2-Lite": partial(attend, V2_LITE, 4),
+    "prompt, Mixtral": partial(attend, MIXTRAL, 512),
+    "prompt, Qwen3-30B-A3B, blocks of 64": partial(attend, QWEN3, 512, block_size=64),
+    "prompt, GPT-OSS": partial(attend, GPT_OSS, 512, has_sinks=True),
 }

@@ -7,7 +7,7 @@ interpreter (`TRITON_INTERPRET=1`), which is how they are tested without a GPU.
 import dataclasses
 
 from kernels import reference
-from kernels.triton import elementwise
+from kernels.triton import attention, elementwise
 
 OPS = dataclasses.replace(
     reference.OPS,
@@ -17,4 +17,5 @@ OPS = dataclasses.replace(
     rotary=elementwise.rotary,
     write_kv=elementwise.write_kv,
     swiglu=elementwise.swiglu,
+    attention=attention.attention,
 )

@@ -174,7 +174,7 @@ def _write_kv(
     VALUE_BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token).to(tl.int64)  # times its stride: beyond 2^31 on a large device
+    slot = tl.load(slots + token)  # int64: times its stride it is beyond 2^31 on a large device
     keys, key_slot = key + token * key_token, key_cache + slot * key_cache_slot
     values, value_slot = value + token * value_token, value_cache + slot * value_cache_slot
     _copy(keys, key_slot, key_group, key_cache_group, G, key_size, GROUPS, KEY_BLOCK)
