@@ -4,6 +4,7 @@ Owns the check of everything that comes from the folder: all of it is known to f
 first byte of a weight is read. Never runs code from a checkpoint: pickled weights are not read at all.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -101,9 +102,12 @@ class Checkpoint:
         Raises ModelError for a tensor that is missing, misshapen, of a type that we do not read, or there without need.
         """
         surplus = {name for name in self._shards if not name.endswith(RECOMPUTED)}
-        for parameter, shape in parameters(spec).items():
-            name = self._architecture.tensor_name(parameter)
-            self._bytes_total += self._check(name, shape)
+        shapes = parameters(spec)
+        num_alike = Counter((parameter.role, parameter.layer) for parameter in shapes)
+        for parameter, shape in shapes.items():
+            name, packed = self._architecture.tensor_name(parameter), self._architecture.packed(parameter)
+            stored = packed.shape(shape, num_alike[parameter.role, parameter.layer]) if packed else shape
+            self._bytes_total += prod(shape) * self._bytes_each(name, stored)
             surplus.discard(name)
         if spec.tied_embeddings:
             surplus.discard(self._architecture.tensor_name(Parameter("head")))  # a second copy of the embedding
@@ -113,8 +117,8 @@ class Checkpoint:
                 "describes: it would not be the model that was trained"
             )
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> int:
-        """The tensor's bytes."""
+    def _bytes_each(self, name: str, shape: tuple[int, ...]) -> int:
+        """What one number of the tensor takes, once the tensor is known to be as it should."""
         if name not in self._shards:
             raise ModelError(f"tensor {name} is missing: the download may be incomplete")
         there = self._shards[name].get_slice(name)
@@ -122,12 +126,14 @@ class Checkpoint:
             raise ModelError(f"tensor {name} has the shape {tuple(there.get_shape())}, config.json makes it {shape}")
         if there.get_dtype() not in BYTES:
             raise ModelError(f"tensor {name} is of type {there.get_dtype()}, not one of {', '.join(BYTES)}")
-        return prod(shape) * BYTES[there.get_dtype()]
+        return BYTES[there.get_dtype()]
 
     def take(self, parameter: Parameter) -> Tensor:
         """The tensor as the file has it: a view of the mapped file, to be copied before the shards are closed."""
-        name = self._architecture.tensor_name(parameter)
+        name, packed = self._architecture.tensor_name(parameter), self._architecture.packed(parameter)
         tensor: Tensor = self._shards[name].get_tensor(name)
+        if packed and parameter.expert is not None:
+            tensor = packed.part(tensor, parameter.expert)
         self._bytes_done += tensor.nbytes
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)

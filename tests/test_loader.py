@@ -115,6 +115,12 @@ class TestDamagedFolders:
         _rewrite(llama, {GATE: torch.zeros(48, 80)})
         _refused(llama, rf"{GATE}.*\(48, 80\).*\(80, 48\)")
 
+    def test_a_tensor_of_all_experts_is_named_with_both_shapes(self, tmp_path: Path) -> None:
+        gpt_oss = tiny("gpt-oss", tmp_path)
+        name = "model.layers.1.mlp.experts.gate_up_proj"
+        _rewrite(gpt_oss, {name: torch.zeros(5, 48, 160)})
+        _refused(gpt_oss, rf"{name} has the shape \(5, 48, 160\).*\(6, 48, 160\)")
+
     def test_a_tensor_that_is_no_float_is_named(self, llama: Path) -> None:
         _rewrite(llama, {GATE: torch.zeros(80, 48, dtype=torch.int8)})
         _refused(llama, f"{GATE}.*I8")
@@ -211,7 +217,10 @@ class TestHostileFolders:
             ("sliding_window", 128),
             ("mlp_bias", True),
             ("eos_token_id", [1] * 1000),
-            ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+            ("quantization_config", {"quant_method": "mxfp4"}),
+            ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}),
+            ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1.0}),
+            ("rope_parameters", {"rope_type": "yarn", "beta_fast": 2.0, "beta_slow": 2.0}),
             ("rope_parameters", {"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}),
             ("rope_parameters", {"rope_type": "default", "rope_theta": 0.0}),
             ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
@@ -220,7 +229,7 @@ class TestHostileFolders:
     def test_a_field_out_of_bounds_or_beyond_us_is_named(self, llama: Path, field: str, value: object) -> None:
         config = json.loads((llama / "config.json").read_text())
         (llama / "config.json").write_text(json.dumps(config | {field: value}))
-        named = "rope|freq_factor|rotary" if field == "rope_parameters" else field
+        named = "rope|freq_factor|rotary|beta_" if field == "rope_parameters" else field
         _refused(llama, f"config.json.*({named})")
 
     @pytest.mark.parametrize(
@@ -231,6 +240,9 @@ class TestHostileFolders:
             ("qwen3-moe", "use_sliding_window", True),
             ("qwen3-moe", "num_local_experts", None),
             ("olmoe", "clip_qkv", 8.0),
+            ("gpt-oss", "layer_types", ["full_attention"]),
+            ("gpt-oss", "layer_types", ["chunked_attention"] * 2),
+            ("gpt-oss", "rope_parameters", None),
         ],
     )
     def test_what_an_architecture_knows_and_we_do_not_is_named(

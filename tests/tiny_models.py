@@ -35,6 +35,16 @@ _SHAPE: dict[str, Any] = {
 }
 
 
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 64,  # with heads of 16: two pairs kept, one or two between, the rest scaled
+}
+
+
 def tiny_llama(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     """A folder with a random fp32 Llama checkpoint; `shape` overrides fields of transformers' LlamaConfig."""
     config = transformers.LlamaConfig(**_SHAPE | shape)
@@ -81,6 +91,14 @@ def tiny_olmoe(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     return _save(tmp / f"olmoe-{seed}", seed, transformers.OlmoeForCausalLM, config)
 
 
+def tiny_gpt_oss(tmp: Path, seed: int = 0, **shape: Any) -> Path:
+    """A folder with a random fp32 GPT-OSS checkpoint; `shape` overrides fields of transformers' GptOssConfig."""
+    experts = {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 9, "head_dim": 16}
+    rope = {"rope_parameters": YARN_ROPE | {"truncate": False}}
+    config = transformers.GptOssConfig(**_SHAPE | experts | rope | shape)
+    return _save(tmp / f"gpt_oss-{seed}", seed, transformers.GptOssForCausalLM, config)
+
+
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -101,6 +119,7 @@ SHAPES: dict[str, Shape] = {
     "llama, every head its own, biases": (tiny_llama, {"num_key_value_heads": 4, "attention_bias": True}),
     "llama, llama3 rope": (tiny_llama, {"head_dim": 16, "rope_parameters": _LLAMA3_ROPE}),
     "llama, linear rope": (tiny_llama, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama, yarn rope": (tiny_llama, {"head_dim": 16, "rope_parameters": YARN_ROPE}),
     "mixtral": (tiny_mixtral, {}),
     "mixtral, 8 experts, 3 chosen, tied": (
         tiny_mixtral,
@@ -134,6 +153,18 @@ SHAPES: dict[str, Shape] = {
     ),
     "olmoe": (tiny_olmoe, {}),
     "olmoe, shared keys, weights that sum to 1": (tiny_olmoe, {"num_key_value_heads": 2, "norm_topk_prob": True}),
+    "gpt-oss": (tiny_gpt_oss, {}),
+    "gpt-oss, every layer windowed, clamped hard": (
+        tiny_gpt_oss,
+        {
+            "swiglu_limit": 0.5,
+            "swiglu_alpha": 3.0,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention"] * 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+        },
+    ),
     "qwen3, biases, tied": (tiny_qwen3, {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 24}),
 }
 
@@ -173,8 +204,9 @@ def _save(path: Path, seed: int, model_class: Any, config: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config).float()
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms start as ones and biases as zeros, which would hide that one is left out
+        for name, parameter in model.named_parameters():
+            # Norms start as ones and biases as zeros, which would hide that one is left out.
+            if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(path)
     return path

@@ -24,6 +24,7 @@ class GroupedQueryAttention:
         self._qkv = weights.projection(*fused, bias=[_bias(parameter) for parameter in fused if spec.bias])
         output = Parameter("attention.output", layer)
         self._output = weights.projection(output, bias=[_bias(output)] if spec.output_bias else ())
+        self._sinks = weights.tensor(Parameter("attention.sinks", layer)) if spec.sinks else None  # (H,)
         norm, norms = spec.query_key_norm, [Parameter(f"attention.{role}_norm", layer) for role in ("query", "key")]
         self._norms = [_HeadNorm(norm, weights.tensor(weight), self._ops) for weight in norms] if norm else []
 
@@ -35,7 +36,7 @@ class GroupedQueryAttention:
         rotated = self._ops.rotary(self._normed(qkv[:, : H + G]), step.cos, step.sin)  # (T, H + G, D): queries, keys
         self._ops.write_kv(rotated[:, H:], qkv[:, H + G :], key_cache, value_cache, step.batch.slots)
         attended = self._ops.attention(
-            rotated[:, :H], key_cache, value_cache, step.batch, self._scale, self._spec.window
+            rotated[:, :H], key_cache, value_cache, step.batch, self._scale, self._spec.window, self._sinks
         )  # (T, H, D)
         return self._output(attended.flatten(1))
 

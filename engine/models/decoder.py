@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from engine.models.attention import GroupedQueryAttention
-from engine.models.layers import StepInputs, SwiGlu, Weights, inverse_frequencies
+from engine.models.layers import StepInputs, SwiGlu, Weights
 from engine.models.moe import MixtureOfExperts
 from engine.models.parameters import Parameter
+from engine.models.rotary import inverse_frequencies
 from engine.models.spec import Dense, FeedForward, LayerSpec, Mixture, ModelSpec
 from kernels.ops import AttentionBatch
 
@@ -65,7 +66,8 @@ class Decoder:
         token_ids (T,) and positions (T,), int64, lie as `batch` says.
         """
         angles = positions[:, None].float() * self._inverse_frequencies  # (T, D/2)
-        step = StepInputs(angles.cos(), angles.sin(), batch, cache.keys, cache.values)
+        magnitude = self.spec.rope.magnitude
+        step = StepInputs(angles.cos() * magnitude, angles.sin() * magnitude, batch, cache.keys, cache.values)
         add_norm, eps = self._ops.add_rms_norm, self.spec.norm_eps
         residual = self._embedding[token_ids]  # (T, C)
         branch = torch.zeros_like(residual)  # what is to be added to the residual stream before the next norm

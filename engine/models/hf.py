@@ -12,16 +12,15 @@ import msgspec
 from msgspec import Meta, Struct
 
 from engine.errors import ModelError
+from engine.models.hf_rope import Context, Positive, RopeConfig, require
+from engine.models.names import Packed
 from engine.models.parameters import Parameter
 from engine.models.spec import (
     FeedForward,
     GroupedQuery,
     LayerSpec,
-    LinearScaling,
-    Llama3Scaling,
     Mixture,
     ModelSpec,
-    Rope,
 )
 
 # The largest published models have 126 layers, 512 experts and 256 thousand tokens. Twice that, or more, is no model
@@ -30,11 +29,9 @@ Layers = Annotated[int, Meta(ge=1, le=256)]
 Experts = Annotated[int, Meta(ge=1, le=1024)]
 Size = Annotated[int, Meta(ge=1, le=2**20)]
 Vocab = Annotated[int, Meta(ge=1, le=2**22)]
-Context = Annotated[int, Meta(ge=1, le=2**24)]
 Window = Annotated[int, Meta(ge=0, le=2**24)] | None  # transformers writes 0 for Qwen2-MoE's lack of one
 TokenId = Annotated[int, Meta(ge=0, le=2**22)]
 TokenIds = TokenId | Annotated[list[TokenId], Meta(max_length=64)] | None  # one id, a list of them, or null
-Positive = Annotated[float, Meta(gt=0, le=1e12)]
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Architecture:
     """How to read one kind of checkpoint: its configuration, and what it calls our parameters."""
 
     config: type["DecoderConfig"]
-    names: Mapping[str, str]  # by role, with {layer} and {expert} to be filled in
+    names: Mapping[str, str | Packed]  # by role, with {layer} and {expert} to be filled in
 
     def spec_from_config(self, config: Mapping[str, Any]) -> ModelSpec:
         """The model that a `config.json` describes. Raises ModelError for a field that is missing, out of bounds, or
@@ -54,21 +51,15 @@ class Architecture:
             raise ModelError(f"config.json: {error}") from error
 
     def tensor_name(self, parameter: Parameter) -> str:
-        """What the checkpoint calls the parameter."""
-        return self.names[parameter.role].format(layer=parameter.layer, expert=parameter.expert)
+        """The tensor of the checkpoint that is the parameter, or holds it among others."""
+        packed = self.packed(parameter)
+        name = packed.name if packed else self.names[parameter.role]
+        return str(name).format(layer=parameter.layer, expert=parameter.expert)
 
-
-class RopeConfig(Struct, kw_only=True):
-    """`rope_parameters`, or the older `rope_scaling` whose kind was called `type`."""
-
-    rope_type: str | None = None
-    type: str | None = None
-    rope_theta: Positive | None = None
-    factor: Positive = 1.0
-    low_freq_factor: Positive = 1.0
-    high_freq_factor: Positive = 4.0
-    original_max_position_embeddings: Context | None = None
-    partial_rotary_factor: float = 1.0
+    def packed(self, parameter: Parameter) -> Packed | None:
+        """How the tensor holds the parameter, unless it is the parameter."""
+        name = self.names[parameter.role]
+        return name if isinstance(name, Packed) else None
 
 
 class DecoderConfig(Struct, kw_only=True):
@@ -92,6 +83,7 @@ class DecoderConfig(Struct, kw_only=True):
     hidden_act: str = "silu"
     sliding_window: Window = None
     eos_token_id: TokenIds = None
+    quantization_config: Any = None
 
     def feed_forwards(self) -> Sequence[FeedForward]:
         """What works on each token alone, for each layer."""
@@ -114,6 +106,7 @@ class DecoderConfig(Struct, kw_only=True):
     def spec(self) -> ModelSpec:
         """The model as data. Raises ModelError for what we do not compute."""
         require(self.hidden_act == "silu", f"hidden_act {self.hidden_act!r} is not supported, only silu")
+        require(self.quantization_config is None, "quantization_config: only checkpoints of plain floats are read")
         require(not self.mlp_bias, "mlp_bias is not supported, only false")
         feed_forwards = self.feed_forwards()
         for mixture in feed_forwards:
@@ -125,28 +118,13 @@ class DecoderConfig(Struct, kw_only=True):
             hidden_size=self.hidden_size,
             layers=tuple(map(LayerSpec, self.mixers(), feed_forwards)),
             norm_eps=self.rms_norm_eps,
-            rope=self._rope(),
+            rope=(self.rope_parameters or self.rope_scaling or RopeConfig()).rope(
+                self.rope_theta, self.max_position_embeddings
+            ),
             tied_embeddings=self.tie_word_embeddings,
             context_max=self.max_position_embeddings,
             eos_token_ids=token_ids(self.eos_token_id),
         )
-
-    def _rope(self) -> Rope:
-        config = self.rope_parameters or self.rope_scaling or RopeConfig()
-        theta = config.rope_theta or self.rope_theta
-        kind = config.rope_type or config.type or "default"
-        require(config.partial_rotary_factor == 1.0, "partial_rotary_factor is not supported, only 1")
-        match kind:
-            case "default":
-                return Rope(theta)
-            case "linear":
-                return Rope(theta, LinearScaling(config.factor))
-            case "llama3":
-                low, high = config.low_freq_factor, config.high_freq_factor
-                require(low < high, f"low_freq_factor {low} is not below high_freq_factor {high}")
-                original = config.original_max_position_embeddings or self.max_position_embeddings
-                return Rope(theta, Llama3Scaling(config.factor, low, high, original))
-        raise ModelError(f'config.json: rope_type {kind!r} is not supported, only "default", "linear" and "llama3"')
 
 
 class GenerationConfig(Struct, kw_only=True):
@@ -164,9 +142,3 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
             return (value,)
         case _:
             return tuple(value)
-
-
-def require(holds: bool, otherwise: str) -> None:
-    """Raise ModelError with what is wrong in the file, unless it holds."""
-    if not holds:
-        raise ModelError(f"config.json: {otherwise}")

@@ -1,9 +1,8 @@
-"""What every decoder is made of: matrices in a weight format, and the angles of the rotary embedding.
+"""What every decoder is made of: matrices in a weight format.
 
 Owns the step from a stored tensor to what a backend multiplies by. Chooses no format and reads no file.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from engine.errors import ModelError
 from engine.models.parameters import Parameter, Tensors
-from engine.models.spec import LinearScaling, Llama3Scaling, Rope
 from engine.quant import FORMATS
 from kernels.ops import AttentionBatch, Ops, WeightKernel
 
@@ -103,23 +101,3 @@ class SwiGlu:
     def __call__(self, x: Tensor) -> Tensor:
         """What x (T, C) adds to the residual stream (T, C)."""
         return self._down(self._ops.swiglu(self._gate_up(x)))
-
-
-def inverse_frequencies(rope: Rope, head_size: int) -> Tensor:
-    """(D/2,) fp32: by how much each pair turns from one position to the next."""
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-    frequencies = 1.0 / rope.theta**exponents
-    match rope.scaling:
-        case None:
-            return frequencies
-        case LinearScaling(factor):
-            return frequencies / factor
-        case Llama3Scaling():
-            return _llama3(frequencies, rope.scaling)
-
-
-def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
-    turns = scaling.original_context * frequencies / (2 * math.pi)  # within the context that the model was trained on
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)  # 0: slow, wholly scaled; 1: fast, kept
-    return frequencies * (kept + (1 - kept) / scaling.factor)

@@ -3,11 +3,15 @@
 Owns which matrices are the router, the experts and the shared expert. Choosing and multiplying are the backend's.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from engine.models.layers import SwiGlu, Weights
 from engine.models.parameters import Parameter
-from engine.models.spec import Mixture
+from engine.models.spec import Clamp, Mixture
+from kernels.ops import Ops
 
 
 class MixtureOfExperts:
@@ -24,6 +28,9 @@ class MixtureOfExperts:
             fused = (Parameter(f"expert.{role}", layer, expert) for role in ("gate", "up"))
             gate_up.append(weights.projection(*fused))
             down.append(weights.projection(Parameter("expert.down", layer, expert)))
+        self._gate_up_bias = _biases(weights, layer, spec, "gate", "up")
+        self._down_bias = _biases(weights, layer, spec, "down")
+        self._activation = _activation(spec.clamp, weights.ops)
         kernel = down[0].kernel
         self._linear = kernel.linear
         self._gate_up = kernel.stack([projection.weight for projection in gate_up])
@@ -33,8 +40,34 @@ class MixtureOfExperts:
         """The weighted sum of each token's chosen experts, plus the shared expert: x (T, C) -> (T, C)."""
         logits = self._router(x)  # (T, E)
         weights, chosen = self._ops.route(logits, self._spec.num_chosen, self._spec.score, self._spec.renormalise)
-        routed = self._ops.experts(x, weights, chosen, self._gate_up, self._down, self._linear, self._ops.swiglu)
+        routed = self._ops.experts(
+            x,
+            weights,
+            chosen,
+            self._gate_up,
+            self._down,
+            self._linear,
+            self._activation,
+            self._gate_up_bias,
+            self._down_bias,
+        )
         return routed if self._shared is None else routed + self._shared(x)
+
+
+def _biases(weights: Weights, layer: int, spec: Mixture, *fused: str) -> Tensor | None:
+    """Each expert's biases of the matrices side by side, (E, out), where the experts have any."""
+    if not spec.expert_bias:
+        return None
+    experts = range(spec.num_experts)
+    rows = [[weights.tensor(Parameter(f"expert.{role}_bias", layer, expert)) for role in fused] for expert in experts]
+    return torch.stack([torch.cat(row) for row in rows])
+
+
+def _activation(clamp: Clamp | None, ops: Ops) -> Callable[[Tensor], Tensor]:
+    if clamp is None:
+        return ops.swiglu
+    alpha, limit = clamp.alpha, clamp.limit
+    return lambda gate_up: ops.clamped_swiglu(gate_up, alpha, limit)
 
 
 class _Shared:

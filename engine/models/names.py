@@ -3,6 +3,32 @@
 Owns names by role, with {layer} and {expert} to be filled in. An architecture's file puts together what it has.
 """
 
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One tensor for a layer's experts: (E, in, step * out) for matrices (out, in), (E, step * out) for vectors (out,).
+
+    A parameter is every `step`-th of its expert's outputs, from `start` on.
+    """
+
+    name: str
+    start: int = 0
+    step: int = 1
+
+    def shape(self, parameter: tuple[int, ...], num_experts: int) -> tuple[int, ...]:
+        """That of the tensor, from the parameter's."""
+        out, *rest = parameter
+        return (num_experts, *rest, out * self.step)
+
+    def part(self, tensor: Tensor, expert: int) -> Tensor:
+        """The expert's parameter, a view."""
+        return tensor[expert].t()[self.start :: self.step]
+
+
 LAYER = "model.layers.{layer}"
 
 BASE = {

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.models import names
-from engine.models.hf import Architecture, DecoderConfig, Experts, require
+from engine.models.hf import Architecture, DecoderConfig, Experts
+from engine.models.hf_rope import require
 from engine.models.spec import GroupedQuery, Mixture, QueryKeyNorm
 
 

@@ -54,6 +54,8 @@ def _mixer(mixer: Mixer, hidden: int, layer: int) -> Shapes:
         per_head = mixer.query_key_norm.per_head
         sizes = {"query": mixer.head_size, "key": mixer.head_size} if per_head else {"query": queries, "key": keys}
         shapes |= {Parameter(f"attention.{role}_norm", layer): (size,) for role, size in sizes.items()}
+    if mixer.sinks:
+        shapes[Parameter("attention.sinks", layer)] = (mixer.num_heads,)
     shapes[Parameter("attention.output", layer)] = (hidden, queries)
     if mixer.output_bias:
         shapes[Parameter("attention.output_bias", layer)] = (hidden,)
@@ -71,7 +73,10 @@ def _feed_forward(feed_forward: FeedForward, hidden: int, layer: int) -> Shapes:
     if feed_forward.shared_gate:
         shapes[Parameter("shared_gate", layer)] = (1, hidden)
     for expert in range(feed_forward.num_experts):
-        shapes |= _swiglu("expert", hidden, feed_forward.intermediate, layer, expert)
+        experts = _swiglu("expert", hidden, feed_forward.intermediate, layer, expert)
+        if feed_forward.expert_bias:
+            experts |= {p._replace(role=f"{p.role}_bias"): (out,) for p, (out, _) in experts.items()}
+        shapes |= experts
     return shapes
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.models import names
-from engine.models.hf import Architecture, DecoderConfig, Experts, Layers, Size, require
+from engine.models.hf import Architecture, DecoderConfig, Experts, Layers, Size
+from engine.models.hf_rope import require
 from engine.models.spec import Dense, FeedForward, GroupedQuery, Mixture
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.models import llama, names
-from engine.models.hf import Architecture, Size, require
+from engine.models.hf import Architecture, Size
+from engine.models.hf_rope import require
 from engine.models.spec import GroupedQuery, QueryKeyNorm
 
 

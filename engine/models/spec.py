@@ -30,11 +30,27 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True)
+class YarnScaling:
+    """Slow angles divided by `factor`, fast ones kept, between them by the pair's number (YaRN, arXiv 2309.00071).
+
+    An angle is fast that turns `fast_turns` times within `original_context` tokens, slow that turns `slow_turns` times;
+    `whole_pairs`: the two limits are moved outwards to a pair of that speed or beyond.
+    """
+
+    factor: float
+    fast_turns: float
+    slow_turns: float
+    original_context: int
+    whole_pairs: bool
+
+
+@dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: pair i of D/2 turns by theta ** (-2 i / D) a position."""
+    """Rotary position embedding: pair i of D/2 turns by theta ** (-2 i / D) a position, and grows by `magnitude`."""
 
     theta: float
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    magnitude: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ class GroupedQuery:
     output_bias: bool = False
     query_key_norm: QueryKeyNorm | None = None
     window: int | None = None  # positions seen, the own one included; None: all before it
+    sinks: bool = False  # one for each head, as in `Ops.attention`
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,14 @@ class Dense:
     """One feed-forward for every token."""
 
     intermediate: int
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """The experts' gate is that of `Ops.clamped_swiglu`."""
+
+    alpha: float
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,8 @@ class Mixture:
     score: str = "softmax"
     renormalise: bool = True
     router_bias: bool = False
+    expert_bias: bool = False  # on gate, up and down
+    clamp: Clamp | None = None
 
 
 Mixer = GroupedQuery
