@@ -20,6 +20,7 @@ class ErrorCode:
     BUDGET_EXCEEDED = "BUDGET_EXCEEDED"  # max_cost is below what the answer may cost
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     INFERENCE_ERROR = "INFERENCE_ERROR"  # the engine failed on this request alone
+    POISONED = "POISONED"  # workers died of it, again and again
     RESULT_TOO_LARGE = "RESULT_TOO_LARGE"  # the answer does not fit into one record
 
 

@@ -294,6 +294,12 @@ class BrokerContract:
         await read(a.broker, a.places, 1, num_max=1)
         assert await a.broker.lag() == {Place(topic, 0): 2}
 
+    async def test_the_end_lies_behind_what_can_be_polled(self, world, crew):
+        topic = await world.topic(2)
+        await world.produce(topic, b"0", b"1", b"2")
+        a = await crew.alone(topic, partitions=2)
+        assert await a.broker.ends(a.places) == {Place(topic, 0): 3, Place(topic, 1): 0}
+
     async def test_a_new_group_starts_at_the_start_of_the_log(self, world, crew):
         topic = await world.topic()
         await world.produce(topic, b"before")

@@ -61,13 +61,14 @@ class Reader:
 
 
 class Campaign:
-    """One group on topics of its own."""
+    """One group on topics of its own. `job`: what else its workers are to be, as `Job` has it."""
 
-    def __init__(self, kafka: Kafka, name: str, model: Path, *, stock_commits: bool = False) -> None:
+    def __init__(self, kafka: Kafka, name: str, model: Path, **job: Any) -> None:
         self.topics = Topics(prefix=name)
         self.model = model
         self.asked: list[Input] = []
         self.live = Reader()
+        self.deaths: list[int] = []  # exit codes of workers that ended by themselves
         self._kafka = kafka
         self._job = Job(
             brokers=kafka.brokers,
@@ -75,7 +76,7 @@ class Campaign:
             group=name,
             prefix=name,
             model=str(model),
-            stock_commits=stock_commits,
+            **job,
         )
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
         self._log = (model.parent / f"{name}.log").open("ab")
@@ -125,12 +126,12 @@ class Campaign:
             while not os.waitid(os.P_PID, self.pid(name), look):  # noqa: ASYNC222  # WNOHANG: it does not wait
                 await asyncio.sleep(0.1)
 
-    def revive(self) -> list[int]:
-        """Workers that ended by themselves run again, as under any supervisor; their exit codes."""
+    def revive(self) -> None:
+        """Workers that ended by themselves run again, as under any supervisor."""
         ended = [(name, code) for name, process in self._workers.items() if (code := process.poll()) is not None]
-        for name, _ in ended:
+        for name, code in ended:
+            self.deaths.append(code)
             self.hire(name)
-        return [code for _, code in ended]
 
     async def dismiss(self) -> list[int]:
         """All workers leave on purpose; their exit codes."""

@@ -5,7 +5,7 @@ Everything between the broker and the engine is the code that ships. A run is a 
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from zlib import crc32
 
 from opentelemetry.metrics import NoOpMeterProvider
@@ -14,6 +14,7 @@ from opentelemetry.trace import NoOpTracerProvider
 from engine.types import Capacity, Charge, EngineStats, Finished, FinishReason, Request, StepResult, Token, Usage, Work
 from schemas.codec import decode_result
 from schemas.cost import CostEvent, MeterReading, picodollars
+from schemas.requests import Tier
 from schemas.results import Completion, Input
 from tests.hostile import MODEL
 from tests.invariants import violations
@@ -22,13 +23,15 @@ from worker.brokers.base import Broker, Record
 from worker.brokers.memory import Crash, Fault, MemoryBroker
 from worker.brokers.memory_cluster import MemoryCluster
 from worker.config import Limits, Topics
+from worker.containment import Gate
 from worker.cost import Granularity, Meter
 from worker.drain import Drain
 from worker.envelope import Envelope
+from worker.generations import Engine, Generations
 from worker.intake import Intake
 from worker.outbound import Outbound
 from worker.price_book import load_price_book
-from worker.service import Engine, Service
+from worker.service import Service
 from worker.telemetry import Telemetry
 from worker.text import Tokenizer
 
@@ -37,6 +40,9 @@ GROUP = "simulated"
 CAPACITY = Capacity(cache_tokens=4096, context_max=512, vocab_size=256, eos_token_ids=())
 PATIENCE_S = 300.0  # of virtual time: many times what any run takes
 PARTITIONS = 2
+ATTEMPTS_MAX = 4
+FLUSH_S = 0.03
+POISON = 255
 PRICES = load_price_book()
 ALL_TOPICS = (
     TOPICS.requests,
@@ -49,16 +55,24 @@ ALL_TOPICS = (
 
 
 class SimulatedEngine:
-    """A token for each choice at each step. Tokens follow from the prompt, times from the dice."""
+    """A token for each choice at each step. Tokens follow from the prompt, times from the dice.
 
-    def __init__(self, steps: "asyncio.Queue[StepResult | BaseException]", dice: random.Random) -> None:
+    A prompt that begins with POISON is the process's death.
+    """
+
+    def __init__(
+        self, steps: "asyncio.Queue[StepResult | BaseException]", dice: random.Random, die: Callable[[], None]
+    ) -> None:
         self.heartbeat_ns = 0
         self._steps = steps
         self._dice = dice
+        self._die = die
         self._requests: dict[tuple[int, int], Request] = {}
         self._outputs: dict[tuple[int, int], int] = {}
 
     def submit(self, request: Request) -> None:
+        if request.prompt[0] == POISON:
+            self._die()
         for choice in range(request.sampling.num_choices):
             self._requests[request.id, choice] = request
             self._outputs[request.id, choice] = 0
@@ -118,10 +132,20 @@ def service(
     `life` begins with the worker's name and a #.
     """
     name = life.partition("#")[0]
-    return Service(
-        broker=broker,
+    meter = Meter(worker=name, life=life, rate=picodollars("0.10"))
+    telemetry = Telemetry(NoOpMeterProvider(), NoOpTracerProvider(), worker=name, group=GROUP)
+    tiers: dict[str, Tier] = {TOPICS.requests: REALTIME, TOPICS.batch: BATCH}
+    admission = Admission(tokens_max=tokens_max, ageing_s=5.0)
+    outbound = Outbound(
+        envelope=Envelope(TOPICS, GROUP, name, clock=lambda: 0.0),
+        tokenizer=tokenizer,
+        prices=PRICES,
+        granularity=granularity,
+        worker=name,
+        life=life,
+    )
+    generations = Generations(
         engine=engine,
-        steps=steps,
         intake=Intake(
             models=[MODEL],
             tokenizer=tokenizer,
@@ -130,20 +154,26 @@ def service(
             price_ceiling=PRICES.ceiling,
             clock=lambda: 0.0,
         ),
-        outbound=Outbound(
-            envelope=Envelope(TOPICS, GROUP, name, clock=lambda: 0.0),
-            tokenizer=tokenizer,
-            prices=PRICES,
-            granularity=granularity,
-            worker=name,
-            life=life,
-        ),
-        admission=Admission(tokens_max=tokens_max, ageing_s=5.0),
-        meter=Meter(worker=name, life=life, rate=picodollars("0.10")),
-        telemetry=Telemetry(NoOpMeterProvider(), NoOpTracerProvider(), worker=name, group=GROUP),
+        outbound=outbound,
+        admission=admission,
+        meter=meter,
+        telemetry=telemetry,
+        tiers=tiers,
+        preview=broker.preview,
+    )
+    return Service(
+        broker=broker,
+        engine=engine,
+        steps=steps,
+        generations=generations,
+        gate=Gate(ATTEMPTS_MAX),
+        outbound=outbound,
+        admission=admission,
+        meter=meter,
+        telemetry=telemetry,
         drain=drain,
-        tiers={TOPICS.requests: REALTIME, TOPICS.batch: BATCH},
-        flush_interval_s=0.03,
+        tiers=tiers,
+        flush_interval_s=FLUSH_S,
         life=life,
     )
 
@@ -157,7 +187,7 @@ class SimulatedWorker:
         self.failure: BaseException | None = None
         self.died = asyncio.Event()
         steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
-        self._engine = SimulatedEngine(steps, random.Random(life))
+        self._engine = SimulatedEngine(steps, random.Random(life), self.broker.die)
         self.drain = Drain(budget_s=5.0, clock=asyncio.get_running_loop().time)
         # Whole requests: fewer records, and each is a place to die at.
         self._service = service(self.broker, self._engine, steps, self.drain, tokenizer, life, granularity="request")
@@ -183,12 +213,13 @@ def _is_crash(error: BaseException) -> bool:
 class Simulation:
     """A cluster with requests in it, workers that come and go, and what a reader sees at the end."""
 
-    def __init__(self, seed: int, tokenizer: Tokenizer, num_requests: int = 4) -> None:
+    def __init__(self, seed: int, tokenizer: Tokenizer, num_requests: int = 4, num_poisons: int = 0) -> None:
         self.dice = random.Random(seed)
         self.cluster = MemoryCluster(dict.fromkeys(ALL_TOPICS, PARTITIONS))
         self.workers: list[SimulatedWorker] = []
         self._tokenizer = tokenizer
-        self._asked = [self._ask(number) for number in range(num_requests)]
+        poisons = self.dice.sample(range(num_requests), num_poisons)
+        self._asked = [self._ask(number, is_poison=number in poisons) for number in range(num_requests)]
 
     def hire(self, name: str, fault: Fault | None = None) -> SimulatedWorker:
         """A worker joins; a name that is taken makes the one before a zombie."""
@@ -225,11 +256,11 @@ class Simulation:
         found = violations(self._asked, self.completions(), costs, readings)
         return [*found, *(f"{worker.name} failed: {worker.failure!r}" for worker in self.workers if worker.failure)]
 
-    def _ask(self, number: int) -> Input:
-        tokens, n = self.dice.randint(1, 8), self.dice.choice([1, 1, 1, 2])
-        body = f'{{"model":"{MODEL}","prompt":[1,{number}],"max_tokens":{tokens},"n":{n},"ignore_eos":true}}'
+    def _ask(self, number: int, *, is_poison: bool) -> Input:
+        tokens, n, first = self.dice.randint(1, 8), self.dice.choice([1, 1, 1, 2]), POISON if is_poison else 1
+        body = f'{{"model":"{MODEL}","prompt":[{first},{number}],"max_tokens":{tokens},"n":{n},"ignore_eos":true}}'
         text = f'{{"url":"/v1/completions","custom_id":"r{number}","body":{body}}}'
-        if self.dice.random() < 0.1:
+        if self.dice.random() < 0.1 and not is_poison:
             text = text[:-9]  # a record that cannot be read has an answer too
         record = self.cluster.produce(TOPICS.requests, text.encode(), partition=number % PARTITIONS)
         return Input(topic=record.place.topic, partition=record.place.partition, offset=record.offset)

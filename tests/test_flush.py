@@ -33,7 +33,7 @@ class Owner:
 
     async def flush(self, position: Position = DONE, membership: Membership | None = None) -> int:
         """One answer, a note, and the position that says so."""
-        burst = Burst(outcomes=[Outcome(records=[record(ANSWER)])], before=START, position=position)
+        burst = Burst(outcomes=[Outcome(records=[record(ANSWER)])], attempts=(), before=START, position=position)
         return await flush(self.broker, {IN: burst}, [record(NOTE)], membership or self.memberships[-1])
 
 
@@ -185,7 +185,12 @@ async def test_a_record_that_is_rejected_late_stops_the_commit():
 async def test_a_missing_topic_stops_the_commit():
     cluster = a_cluster()
     owner = await joined(cluster)
-    burst = Burst(outcomes=[Outcome(records=[record(ANSWER), record(ANSWER, "missing")])], before=START, position=DONE)
+    burst = Burst(
+        outcomes=[Outcome(records=[record(ANSWER), record(ANSWER, "missing")])],
+        attempts=(),
+        before=START,
+        position=DONE,
+    )
     with pytest.raises(Misconfigured, match="missing"):
         await flush(owner.broker, {IN: burst}, [], owner.memberships[-1])
     assert seen(cluster) == []

@@ -6,9 +6,12 @@ import signal
 import time
 import uuid
 
+import msgspec
 import pytest
 
+from schemas.results import ErrorCode
 from tests.campaign import Campaign, some_requests, tiny_model
+from tests.worker_process import DEADLY_SEED
 from worker.config import Kafka
 
 NAMES = ("a", "b", "c")
@@ -71,3 +74,26 @@ async def test_the_same_run_with_stock_commits_answers_and_bills_twice(kafka, mo
         found = campaign.violations(await campaign.late())
         assert any("answered 2 times" in violation for violation in found), found
         assert any("cost event" in violation and "came 2 times" in violation for violation in found), found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_a_request_that_kills_its_workers_is_given_up_and_all_others_are_answered(kafka, model):
+    num_healthy, attempts_max = 200, 3
+    dice = random.Random(2)
+    requests = some_requests(dice, model, num_healthy, tokens_max=20)
+    deadly = {"model": model.name, "prompt": "farewell", "max_tokens": 5, "seed": DEADLY_SEED}
+    requests.insert(num_healthy // 2, msgspec.json.encode({"url": "/v1/completions", "custom_id": "x", "body": deadly}))
+    name = f"poison_{uuid.uuid4().hex[:8]}"
+    async with Campaign(Kafka(brokers=kafka.brokers), name, model, attempts_max=attempts_max).opened() as campaign:
+        for worker in NAMES:
+            campaign.hire(worker)
+        await campaign.ask(requests)
+        assert await campaign.until_answered()
+        assert set(await campaign.dismiss()) <= {0, -signal.SIGTERM}  # one that was only starting holds nothing yet
+        late = await campaign.late()
+        assert campaign.violations(late) == []
+        failed = {one.custom_id: one.error.code for one in late.completions if one.error}
+        assert failed == {"x": ErrorCode.POISONED}
+        assert attempts_max - 1 <= len(campaign.deaths) <= attempts_max
+        assert set(campaign.deaths) == {-signal.SIGKILL}

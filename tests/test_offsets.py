@@ -6,16 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.admission import POLL_RECORDS_MAX
 from worker.brokers.base import METADATA_CHARS_MAX, Position
 from worker.errors import Misconfigured
-from worker.offsets import UNFINISHED_MAX, WINDOW_MAX, OffsetLedger, pack, unpack
+from worker.offsets import ATTEMPTS_KEPT_MAX, ATTEMPTS_OPEN_MAX, UNFINISHED_MAX, WINDOW_MAX, OffsetLedger, pack, unpack
 
 ME = "0123abcd"
 
 
 def nothing_above(offset: int) -> Position:
     """The position of an owner who finished all below the offset and nothing above it."""
-    return Position(offset, f"1{ME},")
+    return Position(offset, f"2{ME},,")
 
 
 def finished_after(position: Position, offsets: range) -> set[int]:
@@ -96,7 +97,10 @@ def test_a_kept_partition_resumes_at_what_is_still_awaited():
 def test_packing_loses_nothing(first: int, done: list[bool]):
     unfinished = [first + i for i, is_done in enumerate(done) if not is_done]
     highest = first + len(done)
-    assert unpack(Position(first, pack(ME, first, unfinished, highest))) == (unfinished, highest + 1)
+    attempts = {offset: offset % 3 + 1 for offset in unfinished}
+    kept = dict(list(attempts.items())[:ATTEMPTS_KEPT_MAX])
+    packed = pack(ME, first, unfinished, highest, attempts)
+    assert unpack(Position(first, packed)) == (unfinished, highest + 1, kept)
 
 
 @given(st.randoms(use_true_random=False), st.integers(1, 200))
@@ -117,21 +121,75 @@ def test_every_owner_in_a_chain_works_on_exactly_what_is_unfinished(rng: random.
     assert unpack(position)[0] == []
 
 
-@pytest.mark.parametrize("pattern", ["alternating", "random", "one straggler", "jump"])
-def test_a_commit_never_overflows_the_metadata(pattern: str):
-    rng = random.Random(5)
+def test_an_attempt_counts_until_the_offset_is_finished():
+    ledger = OffsetLedger(Position(10), ME)
+    for offset in (10, 11, 12):
+        ledger.begin(offset)
+        ledger.attempt(offset)
+    ledger.finish(11)
+    heir = OffsetLedger(ledger.position(), "heir")
+    assert [heir.attempts(offset) for offset in (10, 11, 12)] == [1, 0, 1]
+    heir.begin(10)
+    heir.attempt(10)
+    assert [OffsetLedger(heir.position(), "next").attempts(offset) for offset in (10, 12)] == [2, 1]
+
+
+def test_whoever_lets_go_alive_takes_back_its_own_attempts_alone():
+    dead = OffsetLedger(Position(10), "dead")
+    for offset in (10, 11):
+        dead.begin(offset)
+        dead.attempt(offset)
+    ledger = OffsetLedger(dead.position(), ME)
+    ledger.begin(10)
+    ledger.attempt(10)
+    released = OffsetLedger(ledger.position(released=True), "heir")
+    assert [released.attempts(offset) for offset in (10, 11)] == [1, 1]
+
+
+def test_attempts_at_what_the_log_has_lost_are_forgotten():
+    dead = OffsetLedger(Position(10), "dead")
+    for offset in (10, 11):
+        dead.begin(offset)
+        dead.attempt(offset)
+    ledger = OffsetLedger(dead.position(), ME)
+    ledger.begin(12)  # 10 and 11 were deleted by retention
+    assert ledger.position().metadata == f"2{ME},,"
+
+
+def test_reading_stops_while_many_attempts_are_open():
     ledger = OffsetLedger(Position(0), ME)
+    for offset in range(ATTEMPTS_OPEN_MAX):
+        assert not ledger.is_full
+        ledger.begin(offset)
+        ledger.attempt(offset)
+    assert ledger.is_full
+    ledger.finish(5)
+    assert not ledger.is_full
+
+
+@pytest.mark.parametrize("attempts_apart", [1, 5, 128])
+@pytest.mark.parametrize("pattern", ["alternating", "random", "one straggler", "jump"])
+def test_a_commit_never_overflows_the_metadata(pattern: str, attempts_apart: int):
+    rng = random.Random(5)
+    ledger = OffsetLedger(Position(0), "x" * 100)
     ledger.begin(0)  # the straggler
     offset = 1
-    while not ledger.is_full:
+    while not ledger.is_full or (ledger.num_unfinished < UNFINISHED_MAX and offset < WINDOW_MAX):
         if pattern == "jump" and offset == 900:
             offset += 2**40
         ledger.begin(offset)
+        if offset % attempts_apart == 0:
+            ledger.attempt(offset)
         if pattern == "one straggler" or (offset % 2 if pattern in ("alternating", "jump") else rng.random() < 0.94):
             ledger.finish(offset)
         offset += 1
     assert ledger.num_unfinished == UNFINISHED_MAX or offset >= WINDOW_MAX
+    for late in range(offset, offset + POLL_RECORDS_MAX):  # of the poll that filled it up
+        ledger.begin(late)
+        ledger.attempt(late)
+    ledger.begin(offset + POLL_RECORDS_MAX)
+    ledger.finish(offset + POLL_RECORDS_MAX)
     position = ledger.position()
     assert len(position.metadata) <= METADATA_CHARS_MAX
-    unfinished, _ = unpack(position)
-    assert ledger.num_unfinished - len(unfinished) <= 1  # the last one begun may lie above the highest finished
+    unfinished, _, _ = unpack(position)
+    assert ledger.num_unfinished == len(unfinished)

@@ -9,8 +9,8 @@ from worker.partition import Outcome, Partition
 ME = "me"
 
 
-def a_partition(committed: Position | None = None) -> Partition:
-    return Partition(Place("tokenmill.requests", 3), committed or Position(10), ME)
+def a_partition(committed: Position | None = None, end: int = 10) -> Partition:
+    return Partition(Place("tokenmill.requests", 3), committed or Position(10), ME, end)
 
 
 def an_outcome(name: str = "") -> Outcome:
@@ -97,3 +97,35 @@ def test_reading_goes_on_behind_what_was_begun():
     partition.begin(10)
     partition.begin(13)  # offsets between are markers
     assert partition.resume_at == 14
+
+
+def test_only_what_was_there_when_it_was_taken_over_is_put_on_record():
+    partition = a_partition(end=11)
+    for offset in (10, 11):
+        partition.begin(offset)
+    assert [partition.attempt(offset) for offset in (10, 11)] == [True, False]
+    burst = partition.burst()
+    assert burst
+    assert list(burst.attempts) == [10]
+    heir = a_partition(burst.position)
+    assert [heir.attempts(offset) for offset in (10, 11)] == [1, 0]
+    partition.settle(burst)
+    assert not partition.has_news
+
+
+def test_an_owner_that_lets_go_alive_leaves_no_attempt_behind_and_counts_it_again_if_the_partition_comes_back():
+    partition = a_partition(end=11)
+    partition.begin(10)
+    partition.attempt(10)
+    first = partition.burst()
+    assert first
+    partition.settle(first)
+    last = partition.last_burst()
+    assert last
+    partition.settle(last)
+    assert a_partition(last.position).attempts(10) == 0
+    assert partition.last_burst() is None
+    partition.go_on()
+    again = partition.burst()
+    assert again
+    assert a_partition(again.position).attempts(10) == 1

@@ -14,16 +14,17 @@ from schemas.cost import CostEvent, MeterReading, picodollars
 from schemas.results import Chunk, Completion, ErrorCode, TextResult
 from tests.hostile import ADMITTED, MODEL, REFUSED, fuzz
 from tests.invariants import violations
-from tests.simulation import ALL_TOPICS, GROUP, TOPICS, service, value
+from tests.simulation import ALL_TOPICS, ATTEMPTS_MAX, FLUSH_S, GROUP, TOPICS, service, value
 from tests.tiny_tokenizer import save_byte_level
 from tests.virtual_time import virtually
 from worker.admission import POLL_RECORDS_MAX
 from worker.brokers.base import Headers, Place, Record
-from worker.brokers.memory import Fault, MemoryBroker
+from worker.brokers.memory import Crash, Fault, MemoryBroker
 from worker.brokers.memory_cluster import MemoryCluster
 from worker.drain import Drain
 from worker.errors import Fatal
 from worker.intake import input_of
+from worker.offsets import OffsetLedger
 from worker.service import READING_INTERVAL_S, SILENCE_S_MAX
 from worker.text import Tokenizer, load_tokenizer
 
@@ -102,10 +103,10 @@ class Worker:
 
     def __init__(self, cluster: MemoryCluster, name: str, tokenizer: Tokenizer, tokens_max: int, fault: Fault | None):
         steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
-        broker = MemoryBroker(cluster, GROUP, name, fault)
+        self.broker = MemoryBroker(cluster, GROUP, name, fault)
         self.engine = PlayedEngine(steps, tokenizer)
         self.drain = Drain(DRAIN_S, clock=asyncio.get_running_loop().time)
-        work = service(broker, self.engine, steps, self.drain, tokenizer, f"{name}#0", tokens_max=tokens_max)
+        work = service(self.broker, self.engine, steps, self.drain, tokenizer, f"{name}#0", tokens_max=tokens_max)
         self.over = asyncio.create_task(work.run())
 
     async def requests(self, num: int) -> list[Request]:
@@ -389,6 +390,60 @@ async def test_the_last_quarter_of_the_room_is_kept_for_realtime(tokenizer):
     assert requests[3].priority == 0
 
 
+# ---------------------------------------------------------------------------------------------------------- containment
+
+
+@virtually
+async def test_only_what_waited_for_the_worker_waits_for_its_attempt_to_be_on_record(tokenizer):
+    stage = Stage(tokenizer)
+    stage.ask()
+    worker = stage.hire()
+    (waited,) = await worker.requests(1)
+    recorded = stage.cluster.positions(GROUP)[Place(TOPICS.requests, 0)]
+    assert OffsetLedger(recorded, "heir").attempts(0) == 1
+    asked_s = asyncio.get_running_loop().time()
+    stage.ask()
+    _, fresh = await worker.requests(2)
+    assert asyncio.get_running_loop().time() - asked_s < FLUSH_S
+    for request in (waited, fresh):
+        worker.engine.answers(request)
+    await stage.answers(2)
+    assert stage.violations() == []
+
+
+@virtually
+async def test_a_request_that_three_workers_died_of_is_answered_poisoned_and_kept_as_it_came(tokenizer):
+    stage = Stage(tokenizer)
+    stage.ask()
+    for life in range(ATTEMPTS_MAX - 1):
+        worker = stage.hire(f"worker{life}")
+        await worker.request()
+        worker.broker.die()
+        with pytest.raises(Crash):
+            await worker.over
+        await stage.cluster.expire(worker.broker)
+    survivor = stage.hire("survivor")
+    (answer,) = await stage.answers()
+    assert error_of(answer) == ErrorCode.POISONED
+    assert (answer.custom_id, survivor.engine.submitted) == ("r0", [])
+    (letter,) = stage.cluster.committed(TOPICS.dead_letters)
+    (asked,) = stage.cluster.committed(TOPICS.requests)
+    assert (letter.key, letter.value) == (asked.key, asked.value)
+    assert stage.violations() == []
+
+
+@virtually
+async def test_whoever_leaves_on_purpose_with_a_request_under_way_is_not_counted_as_dead(tokenizer):
+    stage = Stage(tokenizer)
+    stage.ask()
+    leaving = stage.hire()
+    await leaving.request()
+    leaving.drain.ask()
+    await leaving.over
+    recorded = stage.cluster.positions(GROUP)[Place(TOPICS.requests, 0)]
+    assert OffsetLedger(recorded, "heir").attempts(0) == 0
+
+
 # ----------------------------------------------------------------------------------------------------------- rebalances
 
 
@@ -421,7 +476,7 @@ async def test_a_partition_that_stays_keeps_its_requests_and_one_that_goes_is_wa
 
 
 @virtually
-async def test_a_partition_may_go_while_its_last_chunk_is_sent(tokenizer):
+async def test_a_partition_may_go_while_its_last_chunk_is_sent_and_takes_no_finished_answer_with_it(tokenizer):
     sending, sent = asyncio.Event(), asyncio.Event()
 
     async def hold_up_chunks(call, _moment):
@@ -435,10 +490,11 @@ async def test_a_partition_may_go_while_its_last_chunk_is_sent(tokenizer):
     first.engine.ends(await first.request())
     await asyncio.wait_for(sending.wait(), SOON_S)
     second = stage.hire("second")
-    second.engine.answers(await second.request())
+    (answer,) = await stage.answers()
+    assert answer.worker == "first"
     sent.set()
-    await stage.answers()
     await asyncio.sleep(READING_INTERVAL_S + SOON_S)
+    assert second.engine.submitted == []
     assert not first.over.done()
     assert stage.violations() == []
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import structlog
 
+from schemas.results import ErrorCode
 from tests import virtual_time
-from tests.simulation import ALL_TOPICS, Simulation
+from tests.simulation import ALL_TOPICS, ATTEMPTS_MAX, Simulation
 from tests.tiny_tokenizer import save_byte_level
 from worker.brokers.memory import Crash, FaultAt
 from worker.errors import OutcomeUnknown
@@ -134,5 +135,35 @@ def test_a_zombie_changes_nothing(tokenizer, seed):
         frozen.cancel()
         await simulation.dismiss()
         assert simulation.violations() == []
+
+    virtual_time.run(main())
+
+
+async def supervise(simulation: Simulation, name: str) -> None:
+    """A worker of this name lives; when it dies, the group gives it up and the next one begins."""
+    while True:
+        worker = simulation.hire(name)
+        await worker.died.wait()
+        await asyncio.sleep(simulation.dice.uniform(0, 0.3))
+        await simulation.cluster.expire(worker.broker)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_request_that_kills_its_workers_is_given_up_and_the_others_are_answered(tokenizer, seed):
+    num_poisons = 1 + seed % 2
+
+    async def main():
+        simulation = Simulation(seed, tokenizer, num_requests=12, num_poisons=num_poisons)
+        names = ("a", "b")
+        supervisors = [asyncio.create_task(supervise(simulation, name)) for name in names]
+        await simulation.until_answered()
+        for supervisor in supervisors:
+            supervisor.cancel()
+        await simulation.dismiss()
+        assert simulation.violations() == []
+        codes = [completion.error.code for completion in simulation.completions() if completion.error]
+        assert codes.count(ErrorCode.POISONED) == num_poisons
+        num_deaths = len(simulation.workers) - len(names)
+        assert ATTEMPTS_MAX - 1 <= num_deaths <= num_poisons * ATTEMPTS_MAX
 
     virtual_time.run(main())

@@ -16,6 +16,8 @@ from unittest.mock import patch
 import msgspec
 from msgspec import Struct
 
+from engine.core import Core
+from engine.types import Request
 from worker.brokers.base import Outgoing
 from worker.brokers.kafka import KafkaBroker
 from worker.brokers.kafka_settings import KafkaSettings
@@ -34,7 +36,20 @@ class Job(Struct, frozen=True, kw_only=True):
     stock_commits: bool = False
     session_timeout_s: float = 6.0  # Kafka's smallest by default
     events: Literal["token", "request"] = "token"
+    attempts_max: int = 4
     freezes_at: int = 0  # the burst of answers at which it stops itself; 0: none
+
+
+DEADLY_SEED = 13  # of a request that kills whatever process begins it
+
+
+class MortalCore(Core):
+    """The engine, but for the request that it dies of."""
+
+    def submit(self, request: Request) -> None:
+        if request.sampling.seed == DEADLY_SEED:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().submit(request)
 
 
 class SelfFreezing(KafkaBroker):
@@ -77,9 +92,13 @@ def main() -> int:
         worker=job.name,
         engine=Engine(device="cpu", threads=1, cache_tokens=4096, sequences_max=16, tokens_per_step_max=128),
         bill=Bill(events=job.events),
+        attempts_max=job.attempts_max,
         health=Health(port=0),
     )
-    with patch("worker.start.KafkaBroker", lambda client: SelfFreezing(client, job.freezes_at)):
+    with (
+        patch("worker.start.KafkaBroker", lambda client: SelfFreezing(client, job.freezes_at)),
+        patch("engine.build.Core", MortalCore),
+    ):
         return asyncio.run(run(settings, client))
 
 

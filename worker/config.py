@@ -256,6 +256,8 @@ class Settings:
     bill: Annotated[Bill, Parameter(group="Bill")] = field(default_factory=Bill)
     flush_interval_ms: Annotated[int, between(1, 10_000)] = 30
     """Time between two transactions."""
+    attempts_max: Annotated[int, between(2, 100)] = 4
+    """Attempts at one request that may end with the worker's death, before it is answered POISONED."""
     drain_s: Annotated[float, between(0, 3600)] = 12
     """Time to finish what runs after SIGTERM."""
     ageing_s: Annotated[float, between(0, 86_400)] = 5

@@ -17,7 +17,9 @@ from worker.errors import RequestError
 from worker.intake import KEY_BYTES_MAX, RECORD_BYTES_MAX
 
 # Failures that somebody must look at. The others are limits that the caller has set, and is told of.
-DEAD_LETTERED = frozenset({ErrorCode.INVALID_REQUEST, ErrorCode.MODEL_NOT_FOUND, ErrorCode.INFERENCE_ERROR})
+DEAD_LETTERED = frozenset(
+    {ErrorCode.INVALID_REQUEST, ErrorCode.MODEL_NOT_FOUND, ErrorCode.INFERENCE_ERROR, ErrorCode.POISONED}
+)
 
 
 class Envelope:

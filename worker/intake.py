@@ -106,6 +106,15 @@ class Intake:
         except RequestError as error:
             raise Refused(error.code, error.message, generate.custom_id, generate.tenant) from error
 
+    def poisoned(self, record: Record, num_deaths: int) -> Refused:
+        """The refusal of a record that has killed its workers. It is decoded, for its names, and nothing more."""
+        message = f"{num_deaths} workers have died while they worked on this request, the last one on it alone"
+        try:
+            generate = decode_request(record.value, record.headers, self._wire)
+        except Malformed as error:
+            return Refused(ErrorCode.POISONED, message, error.custom_id)
+        return Refused(ErrorCode.POISONED, message, generate.custom_id, generate.tenant)
+
     def _admit(self, record: Record, generate: AnyGenerate, topic_tier: Tier, id: int) -> Admitted:
         now_s = self._clock()
         tier = generate.tier or topic_tier  # whoever waits in the realtime lane may still ask for the batch price

@@ -25,9 +25,13 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Burst:
-    """What one flush sends for one partition: the outcomes, and the position that becomes true with them."""
+    """What one flush sends for one partition: the outcomes, and the position that becomes true with them.
+
+    With it the attempts at these offsets are on record.
+    """
 
     outcomes: Sequence[Outcome]
+    attempts: Sequence[int]
     before: Position
     position: Position
 
@@ -39,30 +43,70 @@ class Partition:
     place: Place
     committed: Position
     owner: str  # the life that holds it
+    end: int  # of the log when it was taken over: no dead owner has begun what came later
     outbox: list[Outcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._offsets = OffsetLedger(self.committed, self.owner)
+        self._attempts: list[int] = []  # counted, and not on record yet
 
     def begin(self, offset: int) -> bool:
         """False if the record was finished, or begun, before: skip it."""
         return self._offsets.begin(offset)
+
+    def attempts(self, offset: int) -> int:
+        """How many of the lives that began the offset did not live to finish it, as far as is on record."""
+        return self._offsets.attempts(offset)
+
+    def attempt(self, offset: int) -> bool:
+        """True if the attempt must be on record, by the next burst, before it is made; False if it need not be."""
+        if not self.must_record(offset):
+            return False
+        self._offsets.attempt(offset)
+        self._attempts.append(offset)
+        return True
+
+    def must_record(self, offset: int) -> bool:
+        """Whether an earlier owner may have died of it."""
+        return offset < self.end
 
     def finish(self, offset: int, outcome: Outcome) -> None:
         """The next burst carries the outcome and counts the offset as finished."""
         self._offsets.finish(offset)
         self.outbox.append(outcome)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether anything waits to be committed."""
+        return bool(self.outbox or self._attempts)
+
     def burst(self) -> Burst | None:
-        """All that waits in the outbox, or None. The outbox keeps it until `settle`: a flush may fail."""
-        if not self.outbox:
+        """All that waits to be committed, or None. It waits until `settle`: a flush may fail."""
+        if not self.has_news:
             return None
-        return Burst(outcomes=tuple(self.outbox), before=self.committed, position=self._offsets.position())
+        return Burst(
+            outcomes=tuple(self.outbox),
+            attempts=tuple(self._attempts),
+            before=self.committed,
+            position=self._offsets.position(),
+        )
+
+    def last_burst(self) -> Burst | None:
+        """As `burst`, of an owner who lets go alive: its attempts killed nobody, and are not counted any more."""
+        position = self._offsets.position(released=True)
+        if not self.outbox and position == self.committed:
+            return None
+        return Burst(outcomes=tuple(self.outbox), attempts=(), before=self.committed, position=position)
 
     def settle(self, burst: Burst) -> None:
-        """The burst is committed. Outcomes that came in since stay for the next one."""
+        """The burst is committed. What came in since stays for the next one."""
         del self.outbox[: len(burst.outcomes)]
+        del self._attempts[: len(burst.attempts)]
         self.committed = burst.position
+
+    def go_on(self) -> None:
+        """After `last_burst` the partition has come back: what is under way is to be counted again."""
+        self._attempts = self._offsets.open_attempts
 
     @property
     def resume_at(self) -> int:

@@ -22,11 +22,13 @@ from worker.brokers.kafka import KafkaBroker
 from worker.brokers.kafka_client import require_topics
 from worker.brokers.kafka_settings import KafkaSettings
 from worker.config import Engine, Settings, model_folder
+from worker.containment import Gate
 from worker.cost import Meter
 from worker.drain import Drain
 from worker.envelope import Envelope
 from worker.errors import Misconfigured
 from worker.exporters import open_exporters
+from worker.generations import Generations
 from worker.health import Vitals, serve_health
 from worker.intake import Intake
 from worker.logs import configure_logs
@@ -133,10 +135,17 @@ def assemble(
     meter = Meter(worker=worker, life=life, rate=picodollars(settings.bill.device_rate))
     meter.idle(time.monotonic_ns() - born_ns, "loading")
     tiers: dict[str, Tier] = {settings.topics.requests: REALTIME, settings.topics.batch: BATCH}
-    return Service(
-        broker=broker,
+    admission = Admission(INTAKE_CACHES * engine.capacity.cache_tokens, settings.ageing_s)
+    outbound = Outbound(
+        envelope=Envelope(settings.topics, settings.group, worker),
+        tokenizer=tokenizer,
+        prices=prices,
+        granularity=settings.bill.events,
+        worker=worker,
+        life=life,
+    )
+    generations = Generations(
         engine=engine,
-        steps=steps,
         intake=Intake(
             models=[model_folder(settings.model).name],
             tokenizer=tokenizer,
@@ -144,15 +153,21 @@ def assemble(
             limits=settings.limits,
             price_ceiling=prices.ceiling,
         ),
-        outbound=Outbound(
-            envelope=Envelope(settings.topics, settings.group, worker),
-            tokenizer=tokenizer,
-            prices=prices,
-            granularity=settings.bill.events,
-            worker=worker,
-            life=life,
-        ),
-        admission=Admission(INTAKE_CACHES * engine.capacity.cache_tokens, settings.ageing_s),
+        outbound=outbound,
+        admission=admission,
+        meter=meter,
+        telemetry=telemetry,
+        tiers=tiers,
+        preview=broker.preview,
+    )
+    return Service(
+        broker=broker,
+        engine=engine,
+        steps=steps,
+        generations=generations,
+        gate=Gate(settings.attempts_max),
+        outbound=outbound,
+        admission=admission,
         meter=meter,
         telemetry=telemetry,
         drain=drain,

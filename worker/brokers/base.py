@@ -99,6 +99,9 @@ class Broker(Protocol):
         start of their log, with empty metadata.
         """
 
+    async def ends(self, places: Collection[Place]) -> Mapping[Place, int]:
+        """Where these partitions end: what cannot be polled yet has this offset or a higher one."""
+
     async def begin(self) -> None:
         """A transaction is open. Raises OutcomeUnknown when the producer is broken."""
 

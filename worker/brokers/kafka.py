@@ -97,6 +97,13 @@ class KafkaBroker:
             for partition in partitions
         }
 
+    async def ends(self, places: Collection[Place]) -> Mapping[Place, int]:
+        try:
+            found = await self._consumer.end_offsets([TopicPartition(*place) for place in places])
+        except errors.KafkaError as error:
+            raise of_client(error, self._settings) from error
+        return {Place(*partition): offset for partition, offset in found.items()}
+
     async def begin(self) -> None:
         await self._transact(self._producer.begin_transaction())
 

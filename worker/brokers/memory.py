@@ -110,6 +110,10 @@ class MemoryBroker:
                     await self.cluster.changed()  # its owner lives, and will end it
             return {place: self.group.positions.get(place, Position(0)) for place in places}
 
+    async def ends(self, places: Collection[Place]) -> Mapping[Place, int]:
+        async with self._port("ends"):
+            return {place: len(self.cluster.logs[place].entries) for place in places}
+
     async def begin(self) -> None:
         async with self._port("begin", in_transaction=True):
             producer = self._producer()
@@ -188,12 +192,16 @@ class MemoryBroker:
         try:
             await self._fault(call, moment)
         except Crash:
-            self.is_dead = True
-            self.group.give_up(self)
+            self.die()
             raise
         except OutcomeUnknown:
             self._is_broken = True
             raise
+
+    def die(self) -> None:
+        """The process is gone: every later call raises Crash."""
+        self.is_dead = True
+        self.group.give_up(self)
 
     async def _kept(self, call: Awaitable[None]) -> None:
         try:
