@@ -46,6 +46,15 @@ def test_the_head_sees_only_the_rows_that_were_asked_for(checkpoint: Path) -> No
     assert step(model, cache_for(model), 0, TOKENS, []).shape == (0, VOCAB_SIZE)
 
 
+def test_the_cache_takes_the_bytes_it_says(checkpoint: Path) -> None:
+    """And no more: latent attention keeps one tensor for a layer, of which the values are a view."""
+    model = load_fp32(checkpoint)
+    cache = cache_for(model)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in cache.keys + cache.values}
+    announced = KVCache.bytes_per_block(model.spec, BLOCK_SIZE, model.dtype)
+    assert sum(storage.nbytes() for storage in storages.values()) == 8 * announced
+
+
 def test_bf16_stays_near_fp32(checkpoint: Path) -> None:
     """bf16 keeps 8 bits, so a rounding is up to 0.4 %, and the dozens of one forward pass add up to a few percent.
 

@@ -99,6 +99,15 @@ def tiny_gpt_oss(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     return _save(tmp / f"gpt_oss-{seed}", seed, transformers.GptOssForCausalLM, config)
 
 
+def tiny_deepseek_v2(tmp: Path, seed: int = 0, **shape: Any) -> Path:
+    """A folder with a random fp32 DeepSeek-V2 checkpoint; `shape` overrides fields of its DeepseekV2Config."""
+    experts = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_shared_experts": 2}
+    latent = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 20}
+    lite = {"q_lora_rank": None, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+    config = transformers.DeepseekV2Config(**_SHAPE | experts | latent | lite | shape)
+    return _save(tmp / f"deepseek_v2-{seed}", seed, transformers.DeepseekV2ForCausalLM, config)
+
+
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -164,6 +173,27 @@ SHAPES: dict[str, Shape] = {
             "num_local_experts": 4,
             "num_experts_per_tok": 3,
         },
+    ),
+    "deepseek-v2": (
+        tiny_deepseek_v2,
+        {
+            "q_lora_rank": 28,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 3,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.0},
+        },
+    ),
+    "deepseek-v2, as lite": (
+        tiny_deepseek_v2,
+        {"rope_parameters": YARN_ROPE | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek-v2, experts from the first layer on": (
+        tiny_deepseek_v2,
+        {"first_k_dense_replace": 0, "qk_rope_head_dim": 16, "num_attention_heads": 6, "num_key_value_heads": 6},
     ),
     "qwen3, biases, tied": (tiny_qwen3, {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 24}),
 }

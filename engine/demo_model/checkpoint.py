@@ -142,7 +142,7 @@ def _write_tokenizer(source: GgufFile, folder: Path) -> Any:
 
 
 def _write_config(source: GgufFile, folder: Path) -> None:
-    spec, mixer = source.spec, source.spec.layers[0].mixer
+    spec, mixer = source.spec, source.mixer
     eos = {"eos_token_id": spec.eos_token_ids[0]}
     _write_json(folder / "generation_config.json", eos)
     _write_json(

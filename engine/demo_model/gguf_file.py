@@ -39,6 +39,7 @@ class GgufFile:
         self._dequantize = gguf.dequantize
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._fields = reader.fields
+        self.mixer = self._mixer()
         self.spec = self._spec()
 
     def take(self, parameter: Parameter) -> Tensor:
@@ -46,20 +47,22 @@ class GgufFile:
         stored = self._tensors[_NAMES[parameter.role].format(layer=parameter.layer)]
         tensor = torch.from_numpy(self._dequantize(stored.data, stored.tensor_type).astype(np.float32))
         if parameter.role in _INTERLEAVED:
-            return halves_from_pairs(tensor, self.spec.layers[0].mixer.head_size)
+            return halves_from_pairs(tensor, self.mixer.head_size)
         return tensor
 
     def field(self, name: str) -> Any:
         """A value of the file's header."""
         return self._fields[name].contents()
 
-    def _spec(self) -> ModelSpec:
+    def _mixer(self) -> GroupedQuery:
         H, C = self.field("llama.attention.head_count"), self.field("llama.embedding_length")
-        mixer = GroupedQuery(num_heads=H, num_kv_heads=self.field("llama.attention.head_count_kv"), head_size=C // H)
-        layer = LayerSpec(mixer, Dense(self.field("llama.feed_forward_length")))
+        return GroupedQuery(num_heads=H, num_kv_heads=self.field("llama.attention.head_count_kv"), head_size=C // H)
+
+    def _spec(self) -> ModelSpec:
+        layer = LayerSpec(self.mixer, Dense(self.field("llama.feed_forward_length")))
         return ModelSpec(
             vocab_size=self.field("llama.vocab_size"),
-            hidden_size=C,
+            hidden_size=self.field("llama.embedding_length"),
             layers=(layer,) * self.field("llama.block_count"),
             norm_eps=self.field("llama.attention.layer_norm_rms_epsilon"),
             rope=Rope(self.field("llama.rope.freq_base")),

@@ -4,6 +4,7 @@ Owns the residual stream and the block cache's tensors. Which blocks belong to w
 batch comes from `engine/batch.py`, and what the logits become is the sampler's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,16 +13,20 @@ from torch import Tensor
 
 from engine.models.attention import GroupedQueryAttention
 from engine.models.layers import StepInputs, SwiGlu, Weights
+from engine.models.mla import LatentAttention
 from engine.models.moe import MixtureOfExperts
 from engine.models.parameters import Parameter
 from engine.models.rotary import inverse_frequencies
-from engine.models.spec import Dense, FeedForward, LayerSpec, Mixture, ModelSpec
+from engine.models.spec import Dense, FeedForward, GroupedQuery, Latent, LayerSpec, Mixer, Mixture, ModelSpec
 from kernels.ops import AttentionBatch
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """The keys and values of all blocks: for each layer two tensors (N, B, G, D)."""
+    """What is kept of all tokens in all blocks, for each layer: keys (N, B, G, D) and values (N, B, G, Dv).
+
+    Of latent attention's one tensor the values are a part: the latents, and behind them the rotated keys.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -31,15 +36,26 @@ class KVCache:
         cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: str | torch.device = "cpu"
     ) -> Self:
         """A cache of `num_blocks` blocks, all zero: `num_blocks * bytes_per_block` bytes."""
-        shapes = [(num_blocks, block_size, layer.mixer.num_kv_heads, layer.mixer.head_size) for layer in spec.layers]
-        keys, values = (tuple(torch.zeros(s, dtype=dtype, device=device) for s in shapes) for _ in range(2))
-        return cls(keys, values)
+
+        def zeros(num_heads: int, size: int) -> Tensor:
+            return torch.zeros(num_blocks, block_size, num_heads, size, dtype=dtype, device=device)
+
+        layers = [_cache_of_layer(layer.mixer, zeros) for layer in spec.layers]
+        return cls(keys=tuple(keys for keys, _ in layers), values=tuple(values for _, values in layers))
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
         """What one block costs over all layers, keys and values together."""
-        places = sum(2 * layer.mixer.num_kv_heads * layer.mixer.head_size for layer in spec.layers)
-        return block_size * places * dtype.itemsize
+        return block_size * sum(layer.mixer.num_cached for layer in spec.layers) * dtype.itemsize
+
+
+def _cache_of_layer(mixer: Mixer, zeros: Callable[[int, int], Tensor]) -> tuple[Tensor, Tensor]:
+    match mixer:
+        case GroupedQuery(num_kv_heads=num_heads, head_size=size):
+            return zeros(num_heads, size), zeros(num_heads, size)
+        case Latent():
+            cache = zeros(1, mixer.num_cached)
+            return cache, cache[..., : mixer.latent_size]
 
 
 class Decoder:
@@ -55,8 +71,8 @@ class Decoder:
         self._norm = weights.tensor(Parameter("norm"))  # (C,)
         head = self._embedding if spec.tied_embeddings else weights.tensor(Parameter("head"))
         self._head = weights.dense_projection(head)
-        head_size = spec.layers[0].mixer.head_size  # one table of angles serves all layers
-        self._inverse_frequencies = inverse_frequencies(spec.rope, head_size).to(weights.device)  # (D/2,)
+        rotary_size = spec.layers[0].mixer.rotary_size  # one table of angles serves all layers
+        self._inverse_frequencies = inverse_frequencies(spec.rope, rotary_size).to(weights.device)  # (D/2,)
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, cache: KVCache, rows: Tensor
@@ -84,9 +100,17 @@ class _Layer:
 
     def __init__(self, spec: LayerSpec, weights: Weights, index: int) -> None:
         self.mixer_norm = weights.tensor(Parameter("mixer.norm", index))
-        self.mixer = GroupedQueryAttention(spec.mixer, weights, index)
+        self.mixer = _mixer(spec.mixer, weights, index)
         self.feed_forward_norm = weights.tensor(Parameter("feed_forward.norm", index))
         self.feed_forward = _feed_forward(spec.feed_forward, weights, index)
+
+
+def _mixer(spec: Mixer, weights: Weights, layer: int) -> GroupedQueryAttention | LatentAttention:
+    match spec:
+        case GroupedQuery():
+            return GroupedQueryAttention(spec, weights, layer)
+        case Latent():
+            return LatentAttention(spec, weights, layer)
 
 
 def _feed_forward(spec: FeedForward, weights: Weights, layer: int) -> SwiGlu | MixtureOfExperts:

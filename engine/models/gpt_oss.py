@@ -42,10 +42,10 @@ class GptOssConfig(DecoderConfig, kw_only=True):
         require(len(kinds) == self.num_hidden_layers, f"layer_types names {len(kinds)} layers")
         return [self.sliding_window or None if kind == "sliding_attention" else None for kind in kinds]
 
-    def mixers(self) -> Sequence[GroupedQuery]:
+    def grouped_query(self) -> Sequence[GroupedQuery]:
         """With a sink for each head."""
         require(bool(self.rope_parameters or self.rope_scaling), "rope_parameters are missing")
-        return [replace(mixer, sinks=True) for mixer in super().mixers()]
+        return [replace(mixer, sinks=True) for mixer in super().grouped_query()]
 
 
 _EXPERTS = f"{names.LAYER}.mlp.experts"

@@ -19,6 +19,7 @@ from engine.models.spec import (
     FeedForward,
     GroupedQuery,
     LayerSpec,
+    Mixer,
     Mixture,
     ModelSpec,
 )
@@ -94,8 +95,12 @@ class DecoderConfig(Struct, kw_only=True):
         require(not self.sliding_window, f"sliding_window {self.sliding_window} is not supported, only null")
         return [None] * self.num_hidden_layers
 
-    def mixers(self) -> Sequence[GroupedQuery]:
+    def mixers(self) -> Sequence[Mixer]:
         """What mixes tokens, for each layer."""
+        return self.grouped_query()
+
+    def grouped_query(self) -> Sequence[GroupedQuery]:
+        """The usual attention, for each layer."""
         H, G = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         D = self.head_dim or self.hidden_size // H
         require(H % G == 0, f"num_attention_heads {H} is not a multiple of num_key_value_heads {G}")

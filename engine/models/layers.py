@@ -61,12 +61,14 @@ class Weights:
         """The parameter in the activations' dtype."""
         return self.tensors.take(parameter).to(self.device, self.dtype, copy=True)
 
-    def projection(self, *fused: Parameter, bias: Sequence[Parameter] = ()) -> Projection:
+    def projection(self, *fused: Parameter, bias: Sequence[Parameter] = (), order: Tensor | None = None) -> Projection:
         """The matrices one below the other, in the weight format: one multiplication gives all their outputs.
 
+        `order`: which of the outputs comes first, second and so on, where not all stay in their places.
         Raises ModelError, with the parameters' names, where the format cannot hold them.
         """
         matrix = torch.cat([self.tensors.take(parameter) for parameter in fused])  # (out, in)
+        matrix = matrix if order is None else matrix[order]
         try:
             return self._project(self.format, matrix, bias)
         except ValueError as error:

@@ -38,8 +38,16 @@ class MixtureOfExperts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The weighted sum of each token's chosen experts, plus the shared expert: x (T, C) -> (T, C)."""
-        logits = self._router(x)  # (T, E)
-        weights, chosen = self._ops.route(logits, self._spec.num_chosen, self._spec.score, self._spec.renormalise)
+        spec, logits = self._spec, self._router(x)  # (T, E)
+        weights, chosen = self._ops.route(
+            logits,
+            spec.num_chosen,
+            spec.score,
+            spec.renormalise,
+            spec.scale,
+            spec.num_groups,
+            spec.groups_chosen,
+        )
         routed = self._ops.experts(
             x,
             weights,

@@ -27,11 +27,11 @@ class OlmoeConfig(DecoderConfig, kw_only=True):
         )
         return [mixture] * self.num_hidden_layers
 
-    def mixers(self) -> Sequence[GroupedQuery]:
+    def grouped_query(self) -> Sequence[GroupedQuery]:
         """With a norm of all queries and one of all keys; the published model clips nothing."""
         require(self.clip_qkv is None, "clip_qkv is not supported, only null")
         norm = QueryKeyNorm(self.rms_norm_eps, per_head=False)
-        return [replace(mixer, query_key_norm=norm) for mixer in super().mixers()]
+        return [replace(mixer, query_key_norm=norm) for mixer in super().grouped_query()]
 
 
 ARCHITECTURE = Architecture(

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from engine.models.spec import Dense, FeedForward, Mixer, ModelSpec
+from engine.models.spec import Dense, FeedForward, GroupedQuery, Latent, Mixer, ModelSpec
 
 
 class Parameter(NamedTuple):
@@ -45,6 +45,33 @@ def parameters(spec: ModelSpec) -> Shapes:
 
 
 def _mixer(mixer: Mixer, hidden: int, layer: int) -> Shapes:
+    match mixer:
+        case GroupedQuery():
+            return _grouped_query(mixer, hidden, layer)
+        case Latent():
+            return _latent(mixer, hidden, layer)
+
+
+def _latent(mixer: Latent, hidden: int, layer: int) -> Shapes:
+    H, R = mixer.num_heads, mixer.latent_size
+    queries = H * (mixer.plain_size + mixer.rotary_size)
+    shapes: dict[str, tuple[int, ...]] = {"latent.query": (queries, hidden)}
+    if query_latent := mixer.query_latent_size:
+        shapes = {
+            "latent.query_down": (query_latent, hidden),
+            "latent.query_norm": (query_latent,),
+            "latent.query_up": (queries, query_latent),
+        }
+    shapes |= {
+        "latent.down": (R + mixer.rotary_size, hidden),
+        "latent.norm": (R,),
+        "latent.up": (H * (mixer.plain_size + mixer.value_size), R),
+        "attention.output": (hidden, H * mixer.value_size),
+    }
+    return {Parameter(role, layer): shape for role, shape in shapes.items()}
+
+
+def _grouped_query(mixer: GroupedQuery, hidden: int, layer: int) -> Shapes:
     queries, keys = mixer.num_heads * mixer.head_size, mixer.num_kv_heads * mixer.head_size
     outs = {"attention.query": queries, "attention.key": keys, "attention.value": keys}
     shapes: Shapes = {Parameter(role, layer): (out, hidden) for role, out in outs.items()}

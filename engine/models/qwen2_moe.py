@@ -54,9 +54,9 @@ class Qwen2MoeConfig(QwenMoeConfig, kw_only=True):
             renormalise=self.norm_topk_prob,
         )
 
-    def mixers(self) -> Sequence[GroupedQuery]:
+    def grouped_query(self) -> Sequence[GroupedQuery]:
         """Biases on query, key and value alone."""
-        return [replace(mixer, bias=self.qkv_bias, output_bias=False) for mixer in super().mixers()]
+        return [replace(mixer, bias=self.qkv_bias, output_bias=False) for mixer in super().grouped_query()]
 
 
 _MLP = f"{names.LAYER}.mlp"

@@ -20,10 +20,10 @@ class Qwen3Config(llama.LlamaConfig, kw_only=True):
         require(not self.use_sliding_window, "use_sliding_window is not supported, only false")
         return [None] * self.num_hidden_layers
 
-    def mixers(self) -> Sequence[GroupedQuery]:
+    def grouped_query(self) -> Sequence[GroupedQuery]:
         """Llama's, with the norms."""
         norm = QueryKeyNorm(self.rms_norm_eps)
-        return [replace(mixer, query_key_norm=norm) for mixer in super().mixers()]
+        return [replace(mixer, query_key_norm=norm) for mixer in super().grouped_query()]
 
 
 ARCHITECTURE = Architecture(config=Qwen3Config, names={**llama.ARCHITECTURE.names, **names.QUERY_KEY_NORMS})

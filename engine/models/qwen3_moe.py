@@ -28,10 +28,10 @@ class Qwen3MoeConfig(QwenMoeConfig, kw_only=True):
             renormalise=self.norm_topk_prob,
         )
 
-    def mixers(self) -> Sequence[GroupedQuery]:
+    def grouped_query(self) -> Sequence[GroupedQuery]:
         """With a norm of each query and key head."""
         norm = QueryKeyNorm(self.rms_norm_eps)
-        return [replace(mixer, query_key_norm=norm) for mixer in super().mixers()]
+        return [replace(mixer, query_key_norm=norm) for mixer in super().grouped_query()]
 
 
 ARCHITECTURE = Architecture(

@@ -74,6 +74,39 @@ class GroupedQuery:
     window: int | None = None  # positions seen, the own one included; None: all before it
     sinks: bool = False  # one for each head, as in `Ops.attention`
 
+    @property
+    def rotary_size(self) -> int:
+        """How much of a head is rotated."""
+        return self.head_size
+
+    @property
+    def num_cached(self) -> int:
+        """How many numbers the cache keeps of a token."""
+        return 2 * self.num_kv_heads * self.head_size
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: keys and values are products of a latent of `latent_size` numbers for each token.
+
+    A head's query and key have a plain part, and a rotated one whose key all heads share. The queries come from a
+    latent of their own where `query_latent_size` is not None. The latents are normalised.
+    """
+
+    num_heads: int
+    latent_size: int
+    query_latent_size: int | None
+    plain_size: int
+    rotary_size: int
+    value_size: int
+    scale: float  # of the scores
+    norm_eps: float
+
+    @property
+    def num_cached(self) -> int:
+        """How many numbers the cache keeps of a token: its latent and the rotated key."""
+        return self.latent_size + self.rotary_size
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -94,8 +127,8 @@ class Clamp:
 class Mixture:
     """`num_chosen` of `num_experts` for each token, beside one shared expert where `shared_intermediate` is not 0.
 
-    `score` and `renormalise` are those of `Ops.route`. The router's bias is a part of its logits. With `shared_gate`
-    each token counts the shared expert by the sigmoid of one more product.
+    `score`, `renormalise`, `scale` and the groups are those of `Ops.route`. The router's bias is a part of its logits.
+    With `shared_gate` each token counts the shared expert by the sigmoid of one more product.
     """
 
     num_experts: int
@@ -105,12 +138,15 @@ class Mixture:
     shared_gate: bool = False
     score: str = "softmax"
     renormalise: bool = True
+    scale: float = 1.0
+    num_groups: int = 1
+    groups_chosen: int = 1
     router_bias: bool = False
     expert_bias: bool = False  # on gate, up and down
     clamp: Clamp | None = None
 
 
-Mixer = GroupedQuery
+Mixer = GroupedQuery | Latent
 FeedForward = Dense | Mixture
 
 
