@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 import structlog
@@ -11,8 +11,13 @@ from schemas.results import ErrorCode
 from tests import virtual_time
 from tests.simulation import ALL_TOPICS, ATTEMPTS_MAX, Simulation
 from tests.tiny_tokenizer import save_byte_level
-from worker.brokers.memory import Crash, FaultAt
+from worker.brokers.base import Position
+from worker.brokers.memory import Crash, FaultAt, MemoryBroker
+from worker.brokers.memory_cluster import Group
 from worker.errors import OutcomeUnknown
+from worker.flush import _transact
+from worker.offsets import OffsetLedger, pack
+from worker.partition import Partition
 from worker.text import Tokenizer, load_tokenizer
 
 SEEDS = range(20)
@@ -71,8 +76,12 @@ def test_a_seed_replays_exactly(tokenizer):
 class UnknownAt(FaultAt):
     """Counts the calls of transactions alone: the others have no outcome that could be unknown."""
 
+    def __init__(self, number: int, calls: Collection[str] = ("begin", "send", "send_positions", "commit")) -> None:
+        super().__init__(number, OutcomeUnknown())
+        self._calls = calls
+
     async def __call__(self, call, moment):
-        if call in ("begin", "send", "send_positions", "commit"):
+        if call in self._calls:
             await super().__call__(call, moment)
 
 
@@ -99,41 +108,46 @@ def test_a_crash_at_any_broker_call_loses_nothing_and_repeats_nothing(tokenizer,
 
 @pytest.mark.parametrize("seed", range(5))
 def test_an_unknown_outcome_at_any_call_of_a_transaction_is_resolved(tokenizer, seed):
-    assert sweep(seed, tokenizer, lambda number: UnknownAt(number, OutcomeUnknown())) > 20
+    assert sweep(seed, tokenizer, UnknownAt) > 20
 
 
 class Freeze:
-    """The worker stops in the middle of its n-th call, and goes on when it is thawed."""
+    """The worker stops in the middle of its n-th call, of this name if one is given, and goes on when it is thawed."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, call: str = "") -> None:
         self._left = number
+        self._call = call
         self.frozen, self.thawed = asyncio.Event(), asyncio.Event()
 
-    async def __call__(self, _call, _moment):
-        self._left -= 1
+    async def __call__(self, call, _moment):
+        if self._call in ("", call):
+            self._left -= 1
         if self._left <= 0 and not self.thawed.is_set():
             self.frozen.set()
             await self.thawed.wait()
 
 
+async def sleep_through_a_takeover(simulation: Simulation, call: str = "") -> None:
+    """A worker is frozen at any call, given up by the group, and thawed when others have taken over, soon or late."""
+    freeze = Freeze(simulation.dice.randint(1, 16) if call else simulation.dice.randint(4, 60), call)
+    zombie = simulation.hire("zombie", freeze)
+    simulation.hire("witness")
+    answered = asyncio.create_task(simulation.until_answered())
+    frozen = asyncio.create_task(freeze.frozen.wait())
+    await asyncio.wait((answered, frozen), return_when=asyncio.FIRST_COMPLETED)
+    await simulation.cluster.expire(zombie.broker)
+    await asyncio.sleep(simulation.dice.choice([0, 0.02, 0.2, 5.0]))
+    freeze.thawed.set()
+    await answered
+    frozen.cancel()
+    await simulation.dismiss()
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_a_zombie_changes_nothing(tokenizer, seed):
-    """Frozen at any call, given up by the group, thawed when others have taken over: in the middle or at the end."""
-
     async def main():
         simulation = Simulation(seed, tokenizer)
-        freeze = Freeze(simulation.dice.randint(4, 60))
-        zombie = simulation.hire("zombie", freeze)
-        simulation.hire("witness")
-        answered = asyncio.create_task(simulation.until_answered())
-        frozen = asyncio.create_task(freeze.frozen.wait())
-        await asyncio.wait((answered, frozen), return_when=asyncio.FIRST_COMPLETED)
-        await simulation.cluster.expire(zombie.broker)
-        await asyncio.sleep(simulation.dice.choice([0, 0.02, 0.2, 5.0]))
-        freeze.thawed.set()
-        await answered
-        frozen.cancel()
-        await simulation.dismiss()
+        await sleep_through_a_takeover(simulation)
         assert simulation.violations() == []
 
     virtual_time.run(main())
@@ -148,22 +162,103 @@ async def supervise(simulation: Simulation, name: str) -> None:
         await simulation.cluster.expire(worker.broker)
 
 
+async def be_poisoned(simulation: Simulation) -> int:
+    """Two workers, revived whenever they die; how often they did."""
+    supervisors = [asyncio.create_task(supervise(simulation, name)) for name in ("a", "b")]
+    await simulation.until_answered()
+    for supervisor in supervisors:
+        supervisor.cancel()
+    await simulation.dismiss()
+    return len(simulation.workers) - len(supervisors)
+
+
 @pytest.mark.parametrize("seed", range(50))
 def test_a_request_that_kills_its_workers_is_given_up_and_the_others_are_answered(tokenizer, seed):
     num_poisons = 1 + seed % 2
 
     async def main():
         simulation = Simulation(seed, tokenizer, num_requests=12, num_poisons=num_poisons)
-        names = ("a", "b")
-        supervisors = [asyncio.create_task(supervise(simulation, name)) for name in names]
-        await simulation.until_answered()
-        for supervisor in supervisors:
-            supervisor.cancel()
-        await simulation.dismiss()
+        num_deaths = await be_poisoned(simulation)
         assert simulation.violations() == []
         codes = [completion.error.code for completion in simulation.completions() if completion.error]
         assert codes.count(ErrorCode.POISONED) == num_poisons
-        num_deaths = len(simulation.workers) - len(names)
         assert ATTEMPTS_MAX - 1 <= num_deaths <= num_poisons * ATTEMPTS_MAX
 
     virtual_time.run(main())
+
+
+# ---------------------------------------------------------------------------------------------------- negative controls
+# Without any one of these protections something goes wrong, and the checker sees it.
+
+
+def without_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    def position(self, *, released=False):
+        first = OffsetLedger_position(self, released=released).offset
+        return Position(first, pack(self._owner, first, (), first - 1, {}))
+
+    OffsetLedger_position = OffsetLedger.position
+    monkeypatch.setattr(OffsetLedger, "position", position)
+
+
+def without_generations(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def send_positions(self, positions, membership):
+        await MemoryBroker_send_positions(self, positions, self.group.membership_of(self) or membership)
+
+    MemoryBroker_send_positions = MemoryBroker.send_positions
+    monkeypatch.setattr(MemoryBroker, "send_positions", send_positions)
+
+
+def without_stable_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Group, "is_unstable", lambda _self, _places: False)
+
+
+def without_asking_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def flush(broker, bursts, notes, membership):
+        while True:
+            try:
+                await _transact(broker, bursts, notes, membership)
+            except OutcomeUnknown:
+                await broker.renew()
+            else:
+                return 1
+
+    monkeypatch.setattr("worker.service.flush", flush)
+
+
+def without_a_record_of_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Partition, "must_record", lambda _self, _offset: False)
+    monkeypatch.setattr("tests.simulation.PATIENCE_S", 10.0)  # dozens of deaths
+
+
+async def crash_anywhere(simulation: Simulation) -> None:
+    await survive(simulation, FaultAt(simulation.dice.randint(20, 60), Crash()))
+
+
+async def lose_sight_of_a_commit(simulation: Simulation) -> None:
+    await survive(simulation, UnknownAt(simulation.dice.randint(1, 16), ["commit"]))
+
+
+async def sleep_before_a_commit(simulation: Simulation) -> None:
+    await sleep_through_a_takeover(simulation, "commit")
+
+
+@pytest.mark.parametrize(
+    ("without", "scenario", "num_poisons"),
+    [
+        (without_metadata, crash_anywhere, 0),
+        (without_generations, sleep_through_a_takeover, 0),
+        (without_stable_positions, sleep_before_a_commit, 0),
+        (without_asking_what_happened, lose_sight_of_a_commit, 0),
+        (without_a_record_of_attempts, be_poisoned, 1),
+    ],
+)
+def test_every_protection_is_needed(tokenizer, monkeypatch, without, scenario, num_poisons):
+    without(monkeypatch)
+    patience_seeds = 100
+
+    async def main(seed):
+        simulation = Simulation(seed, tokenizer, num_requests=8, num_poisons=num_poisons)
+        await scenario(simulation)
+        return simulation.violations()
+
+    assert any(virtual_time.run(main(seed)) for seed in range(patience_seeds))
