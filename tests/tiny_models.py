@@ -22,8 +22,8 @@ _PLAIN: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
-    "intermediate_size": 80,
+    "hidden_size": 64,  # this and all that matrices read, multiples of 32: int4 has groups of so many
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -72,14 +72,14 @@ def tiny_qwen3(tmp: Path, seed: int = 0, **shape: Any) -> Path:
 
 def tiny_qwen2_moe(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     """A folder with a random fp32 Qwen2-MoE checkpoint; `shape` overrides fields of transformers' Qwen2MoeConfig."""
-    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-    config = transformers.Qwen2MoeConfig(**_SHAPE | experts | {"shared_expert_intermediate_size": 56} | shape)
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = transformers.Qwen2MoeConfig(**_SHAPE | experts | {"shared_expert_intermediate_size": 64} | shape)
     return _save(tmp / f"qwen2_moe-{seed}", seed, transformers.Qwen2MoeForCausalLM, config)
 
 
 def tiny_qwen3_moe(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     """A folder with a random fp32 Qwen3-MoE checkpoint; `shape` overrides fields of transformers' Qwen3MoeConfig."""
-    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True}
     config = transformers.Qwen3MoeConfig(**_SHAPE | experts | {"head_dim": 16} | shape)
     return _save(tmp / f"qwen3_moe-{seed}", seed, transformers.Qwen3MoeForCausalLM, config)
 
@@ -101,8 +101,8 @@ def tiny_gpt_oss(tmp: Path, seed: int = 0, **shape: Any) -> Path:
 
 def tiny_deepseek_v2(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     """A folder with a random fp32 DeepSeek-V2 checkpoint; `shape` overrides fields of its DeepseekV2Config."""
-    experts = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_shared_experts": 2}
-    latent = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 20}
+    experts = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2}
+    latent = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 24}
     lite = {"q_lora_rank": None, "first_k_dense_replace": 1, "num_key_value_heads": 4}
     config = transformers.DeepseekV2Config(**_SHAPE | experts | latent | lite | shape)
     return _save(tmp / f"deepseek_v2-{seed}", seed, transformers.DeepseekV2ForCausalLM, config)
@@ -177,7 +177,7 @@ SHAPES: dict[str, Shape] = {
     "deepseek-v2": (
         tiny_deepseek_v2,
         {
-            "q_lora_rank": 28,
+            "q_lora_rank": 32,
             "n_routed_experts": 12,
             "num_experts_per_tok": 3,
             "topk_method": "group_limited_greedy",
@@ -193,7 +193,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "deepseek-v2, experts from the first layer on": (
         tiny_deepseek_v2,
-        {"first_k_dense_replace": 0, "qk_rope_head_dim": 16, "num_attention_heads": 6, "num_key_value_heads": 6},
+        {"first_k_dense_replace": 0, "qk_rope_head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 8},
     ),
     "qwen3, biases, tied": (tiny_qwen3, {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 24}),
 }
