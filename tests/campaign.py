@@ -126,6 +126,13 @@ class Campaign:
             while not os.waitid(os.P_PID, self.pid(name), look):  # noqa: ASYNC222  # WNOHANG: it does not wait
                 await asyncio.sleep(0.1)
 
+    async def until_ended(self, name: str) -> int:
+        """The exit code of the worker process, once it has ended by itself. Raises TimeoutError when patience ends."""
+        async with asyncio.timeout(PATIENCE_S):
+            while (code := self._workers[name].poll()) is None:
+                await asyncio.sleep(0.1)
+            return code
+
     def revive(self) -> None:
         """Workers that ended by themselves run again, as under any supervisor."""
         ended = [(name, code) for name, process in self._workers.items() if (code := process.poll()) is not None]

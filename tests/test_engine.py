@@ -1,15 +1,17 @@
 """The engine from end to end on tiny checkpoints: transformers' greedy tokens, however the work is cut and shared."""
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine import sampler
 from engine.build import build
 from engine.config import EngineConfig
 from engine.core import Core
 from engine.errors import EngineMisconfigured
-from engine.types import Finished, Request, Sampling, Token
+from engine.types import Finished, FinishReason, Request, Sampling, Token
 from tests.tiny_models import SHAPES, VOCAB_SIZE, tiny, tiny_mixtral, transformers_greedy
 
 pytestmark = pytest.mark.timeout(600)  # importing transformers alone has taken 90 s on two busy cores
@@ -105,6 +107,36 @@ def test_drafts_change_nothing(shape, expected):
 def test_all_at_once_they_change_nothing(shape, expected):
     settings = {"cache_tokens": 112, "tokens_per_step_max": 16, "sequences_max": 4, "drafts_max": 3, "draft_cost": 0.0}
     assert greedy(engine(shape, **settings))[0] == expected
+
+
+def test_in_a_batch_of_32_one_whose_logits_are_not_finite_fails_alone(checkpoint, monkeypatch):
+    dice = random.Random(5)
+    requests = [
+        Request(
+            id=number,
+            prompt=tuple(dice.choices(range(2, VOCAB_SIZE), k=8)),
+            sampling=Sampling(tokens_max=12, temperature=number % 2, seed=number),
+        )
+        for number in range(32)
+    ]
+    settings = {"sequences_max": 32, "tokens_per_step_max": 512}
+    clean, _ = run(engine(checkpoint, **settings), *requests)
+    guilty, num_steps = 17, 0
+    accept = sampler.accept
+
+    def accept_spoilt(ops, logits, shares):
+        nonlocal num_steps
+        num_steps += 1
+        rows = [share.sequence.request.id for share in shares for _ in range(share.num_rows)]
+        if num_steps == 5:
+            logits[rows.index(guilty), 3] = torch.nan
+        return accept(ops, logits, shares)
+
+    monkeypatch.setattr(sampler, "accept", accept_spoilt)
+    outputs, finished = run(engine(checkpoint, **settings), *requests)
+    assert [number for (number, _), end in finished.items() if end.reason is FinishReason.FAILED] == [guilty]
+    assert len(outputs[guilty, 0]) == 4
+    assert all(outputs[number, 0] == clean[number, 0] for number in range(32) if number != guilty)
 
 
 @pytest.mark.parametrize("drafts_max", [0, 3])

@@ -11,8 +11,9 @@ import pytest
 
 from schemas.results import ErrorCode
 from tests.campaign import Campaign, some_requests, tiny_model
-from tests.worker_process import DEADLY_SEED
+from tests.worker_process import DEADLY_SEED, HANGING_SEED
 from worker.config import Kafka
+from worker.errors import Fatal
 
 NAMES = ("a", "b", "c")
 
@@ -97,3 +98,14 @@ async def test_a_request_that_kills_its_workers_is_given_up_and_all_others_are_a
         assert failed == {"x": ErrorCode.POISONED}
         assert attempts_max - 1 <= len(campaign.deaths) <= attempts_max
         assert set(campaign.deaths) == {-signal.SIGKILL}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_a_step_that_hangs_ends_its_worker(kafka, model):
+    name = f"hang_{uuid.uuid4().hex[:8]}"
+    async with Campaign(Kafka(brokers=kafka.brokers), name, model, silence_s_max=3.0).opened() as campaign:
+        campaign.hire("a")
+        body = {"model": model.name, "prompt": "for ever", "max_tokens": 5, "seed": HANGING_SEED}
+        await campaign.ask([msgspec.json.encode({"url": "/v1/completions", "custom_id": "x", "body": body})])
+        assert await campaign.until_ended("a") == Fatal.exit_code

@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Literal
@@ -22,6 +23,7 @@ from worker.brokers.base import Outgoing
 from worker.brokers.kafka import KafkaBroker
 from worker.brokers.kafka_settings import KafkaSettings
 from worker.config import Bill, Engine, Health, Kafka, Settings, Topics
+from worker.errors import Fatal
 from worker.start import run
 
 
@@ -37,10 +39,12 @@ class Job(Struct, frozen=True, kw_only=True):
     session_timeout_s: float = 6.0  # Kafka's smallest by default
     events: Literal["token", "request"] = "token"
     attempts_max: int = 4
+    silence_s_max: float = 120.0  # of the engine
     freezes_at: int = 0  # the burst of answers at which it stops itself; 0: none
 
 
 DEADLY_SEED = 13  # of a request that kills whatever process begins it
+HANGING_SEED = 14  # of a request whose step never ends
 
 
 class MortalCore(Core):
@@ -49,6 +53,8 @@ class MortalCore(Core):
     def submit(self, request: Request) -> None:
         if request.sampling.seed == DEADLY_SEED:
             os.kill(os.getpid(), signal.SIGKILL)
+        if request.sampling.seed == HANGING_SEED:
+            time.sleep(3600)
         super().submit(request)
 
 
@@ -98,8 +104,13 @@ def main() -> int:
     with (
         patch("worker.start.KafkaBroker", lambda client: SelfFreezing(client, job.freezes_at)),
         patch("engine.build.Core", MortalCore),
+        patch("worker.service.SILENCE_S_MAX", job.silence_s_max),
     ):
-        return asyncio.run(run(settings, client))
+        try:
+            return asyncio.run(run(settings, client))
+        except Fatal as error:  # as the command does it
+            print(error, file=sys.stderr)
+            return error.exit_code
 
 
 if __name__ == "__main__":
