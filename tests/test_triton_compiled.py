@@ -14,7 +14,9 @@ from tests.triton_launches import LAUNCHES
 
 SHARED_BYTES_MAX = 227 << 10  # of one Hopper multiprocessor, all of it for one program
 REGISTERS = 1 << 16  # of one multiprocessor
-NUM_PROCESSES = 2  # a compilation takes about a second
+NUM_PROCESSES = 2  # a compilation takes about a second, and reading it half of one
+
+pytestmark = pytest.mark.timeout(600)  # all are compiled before the first test: 40 s on two idle cores
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +95,26 @@ def test_attention_reads_the_cache_16_bytes_at_a_time_ahead_of_its_use(
 def test_long_queries_use_the_products_of_whole_warp_groups(compiled: dict[str, list[Compiled]], launch: str) -> None:
     for kernel in each(compiled[launch], "_attend"):
         assert kernel.products == {"HGMMA"}, kernel
+
+
+PRODUCTS = [name for name in LAUNCHES if name.startswith(("bf16 ", "int8 ", "int4 ")) and "matrix, 512" not in name]
+
+# Instructions of one thread for each weight, in the loop. A device that reads 3 TB/s has 20 to spare for bf16, 10 for
+# int8 and 6.2 for int4 (0.625 bytes), of which 3.3 to 4 are used, half of them for half the weights of a tile's word.
+INSTRUCTIONS_PER_WEIGHT_MAX = {"bf16": 3.0, "int8": 7.0, "int4": 4.5}
+
+
+@pytest.mark.parametrize("launch", PRODUCTS)
+def test_products_use_whole_warp_groups_and_few_instructions_for_a_weight(
+    compiled: dict[str, list[Compiled]], launch: str
+) -> None:
+    for kernel in each(compiled[launch], "_product"):
+        assert kernel.products == {"HGMMA"}, kernel
+        constants = kernel.constants
+        copies = {name for name in kernel.loop if name.startswith("LDGSTS")}
+        # int8 is copied 8 bytes at a time: Triton's layout of an operand that it widens itself.
+        assert copies == {"LDGSTS.E.BYPASS.128"} | ({"LDGSTS.E.64"} if constants["FORMAT"] == "int8" else set()), kernel
+        num_weights = (1 + constants["IS_GATED"]) * constants["OUTPUTS"] * constants["DEPTH"]
+        if constants["TOKENS"] <= 32:  # with more, arithmetic is the bound
+            per_weight = sum(kernel.loop.values()) * kernel.num_warps * 32 / num_weights
+            assert per_weight <= INSTRUCTIONS_PER_WEIGHT_MAX[constants["FORMAT"]], kernel

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch
-from kernels.triton import attention, elementwise
+from kernels.triton import attention, elementwise, products
+from kernels.triton.weights import Matrices
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -66,25 +67,73 @@ def attend(
     attention.attention(query, keys, values, batch, 0.1, window, tensor(heads.num_heads) if has_sinks else None)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of one model."""
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    num_chosen: int
+
+
+MIXTRAL_EXPERTS = Mixture(4096, 14336, 8, 2)
+QWEN3_EXPERTS = Mixture(2048, 768, 128, 8)
+V2_LITE_EXPERTS = Mixture(2048, 1408, 64, 6)
+
+
+def matrices(format: str, num: int, num_out: int, num_in: int) -> Matrices:
+    match format:
+        case "bf16":
+            values = tensor(num, num_out, num_in)
+            scales = values
+        case "int8":
+            values, scales = tensor(num, num_out, num_in, dtype=torch.int8), tensor(num, num_out, dtype=torch.float32)
+        case "int4":
+            values = tensor(num, num_in // 128, num_out, 16, dtype=torch.int32)
+            scales = tensor(num, num_in // 128, num_out, 4, dtype=torch.int32)
+    return Matrices(format, values, scales, num_out, num_in)
+
+
+def mix(mixture: Mixture, format: str, num_tokens: int) -> None:
+    """The feed-forward of one layer."""
+    gate_up = matrices(format, mixture.num_experts, 2 * mixture.intermediate, mixture.hidden)
+    down = matrices(format, mixture.num_experts, mixture.hidden, mixture.intermediate)
+    chosen = tensor(num_tokens, mixture.num_chosen, dtype=torch.int64)
+    chosen_weights = tensor(num_tokens, mixture.num_chosen, dtype=torch.float32)
+    x = tensor(num_tokens, mixture.hidden)
+    products.experts(x, chosen_weights, chosen, gate_up, down, products.linear, elementwise.swiglu)
+
+
+def multiply(format: str, num_tokens: int, num_out: int, num_in: int) -> None:
+    """One dense matrix."""
+    products.linear(tensor(num_tokens, num_in), matrices(format, 1, num_out, num_in))
+
+
 LAUNCHES: Mapping[str, Callable[[], None]] = {
     "norms, Qwen3-30B-A3B": partial(norms, 2048),
-    "norms, Mixtral": partial(norms, 4096),
     "norms, GPT-OSS": partial(norms, 2880),
     "rotate and write, Qwen3-30B-A3B": partial(before_attention, 32, 4, 128),
-    "rotate and write, Mixtral": partial(before_attention, 32, 8, 128),
     "rotate and write, GPT-OSS": partial(before_attention, 64, 8, 64),
     "swiglu, Mixtral": partial(swiglu, 14336),
-    "swiglu, DeepSeek-V2-Lite": partial(swiglu, 10944),
-    "decode, Mixtral": partial(attend, MIXTRAL, 1),
     "decode, Qwen3-30B-A3B": partial(attend, QWEN3, 1),
-    "decode, Qwen3-30B-A3B, blocks of 64": partial(attend, QWEN3, 1, block_size=64),
     "decode, GPT-OSS": partial(attend, GPT_OSS, 1, window=128, has_sinks=True),
     "decode, DeepSeek-V2-Lite": partial(attend, V2_LITE, 1),
-    "drafts, Mixtral": partial(attend, MIXTRAL, 4),
     "drafts, Qwen3-30B-A3B": partial(attend, QWEN3, 4),
     "many drafts, Qwen3-30B-A3B": partial(attend, QWEN3, 8),
     "drafts, DeepSeek-V2-Lite": partial(attend, V2_LITE, 4),
     "prompt, Mixtral": partial(attend, MIXTRAL, 512),
     "prompt, Qwen3-30B-A3B, blocks of 64": partial(attend, QWEN3, 512, block_size=64),
     "prompt, GPT-OSS": partial(attend, GPT_OSS, 512, has_sinks=True),
+    "int4 experts of 1 token, Qwen3-30B-A3B": partial(mix, QWEN3_EXPERTS, "int4", 1),
+    "int4 experts of 32 tokens, Qwen3-30B-A3B": partial(mix, QWEN3_EXPERTS, "int4", 32),
+    "int4 experts of 64 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int4", 64),
+    "int4 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int4", 512),
+    "int8 experts of 8 tokens, DeepSeek-V2-Lite": partial(mix, V2_LITE_EXPERTS, "int8", 8),
+    "int8 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int8", 512),
+    "bf16 experts of 8 tokens, DeepSeek-V2-Lite": partial(mix, V2_LITE_EXPERTS, "bf16", 8),
+    "bf16 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "bf16", 512),
+    "int4 matrix, 1 token": partial(multiply, "int4", 1, 5120, 2048),
+    "int4 matrix, 512 tokens": partial(multiply, "int4", 512, 5120, 2048),
+    "int8 matrix, 512 tokens": partial(multiply, "int8", 512, 5120, 2048),
 }

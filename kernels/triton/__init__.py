@@ -7,7 +7,8 @@ interpreter (`TRITON_INTERPRET=1`), which is how they are tested without a GPU.
 import dataclasses
 
 from kernels import reference
-from kernels.triton import attention, elementwise
+from kernels.ops import WeightKernel
+from kernels.triton import attention, elementwise, products, weights
 
 OPS = dataclasses.replace(
     reference.OPS,
@@ -18,4 +19,11 @@ OPS = dataclasses.replace(
     write_kv=elementwise.write_kv,
     swiglu=elementwise.swiglu,
     attention=attention.attention,
+    experts=products.experts,
+    weights={
+        "fp32": reference.OPS.weights["fp32"],
+        "bf16": WeightKernel(weights.prepare_bf16, products.linear_bf16, weights.stack),
+        "int8": WeightKernel(weights.prepare_int8, products.linear, weights.stack),
+        "int4": WeightKernel(weights.prepare_int4, products.linear, weights.stack),
+    },
 )

@@ -43,3 +43,52 @@ def attention_tile(rows: int, head_size: int) -> AttentionTile:
     """head_size: of key and value together."""
     is_large = head_size > HEAD_SIZE_LONG
     return AttentionTile(rows, positions=32 if is_large else 64, num_warps=8 if rows > 32 else 4, num_stages=3)
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """Outputs by tokens, over `depth` inputs at a time."""
+
+    tokens: int
+    outputs: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1  # of the inputs, summed by another kernel
+    group: int = 1  # tiles of tokens that take turns on a tile of weights
+
+
+NUM_MULTIPROCESSORS = 132  # of an H100 or H200
+PROGRAMS_PER_MULTIPROCESSOR = 4  # that 128 threads of up to 128 registers allow
+SPLIT_DEPTHS_MIN = 4  # tiles of inputs a split: below, filling the pipeline is most of its time
+SPLITS_MAX = 8
+GROUP_LONG = 8  # 8 tiles of 64 or 128 tokens read a tile of weights once from memory
+
+DENSE_TOKENS_MAX = 128  # from here on a quantized matrix is widened once and multiplied by cuBLAS
+WIDEN_OUTPUTS, WIDEN_DEPTH = 32, 128
+
+# By tokens an expert has on average, from above: (tokens of a tile, outputs, warps, stages).
+_PRODUCT = {
+    "bf16": {8: (16, 64, 4, 4), 32: (32, 64, 4, 4), 64: (64, 128, 8, 3), 0: (128, 128, 8, 3)},
+    "int8": {8: (16, 64, 4, 4), 32: (32, 64, 4, 4), 64: (64, 128, 8, 3), 0: (128, 128, 8, 3)},
+    "int4": {8: (16, 64, 4, 4), 32: (32, 64, 4, 3), 0: (64, 64, 4, 3)},
+}
+_PRODUCT_DEPTH = {"bf16": 64, "int8": 128}
+
+
+def product_tile(
+    format: str, depth: int, num_pairs: int, num_experts: int, num_out: int, num_in: int, *, is_gated: bool = False
+) -> ProductTile:
+    """For `num_pairs` pairs of a token and one of `num_experts` experts; depth: the layout's, 0 where it has none.
+
+    How many tokens a tile has depends on the pairs, the experts and the format alone: a layer's products share tiles.
+    """
+    num_hit = min(num_pairs, num_experts)  # experts, if they are all different
+    by_tokens = _PRODUCT[format]
+    least = next((most for most in by_tokens if num_pairs <= most * num_hit), 0)
+    tokens, outputs, num_warps, num_stages = by_tokens[least]
+    depth = depth or _PRODUCT_DEPTH[format]
+    programs = max(num_hit, num_pairs // tokens) * -(-num_out // outputs)
+    wanted = NUM_MULTIPROCESSORS * PROGRAMS_PER_MULTIPROCESSOR // programs
+    splits = 1 if is_gated else max(1, min(SPLITS_MAX, wanted, num_in // depth // SPLIT_DEPTHS_MIN))
+    return ProductTile(tokens, outputs, depth, num_warps, num_stages, splits, GROUP_LONG if tokens >= 64 else 1)

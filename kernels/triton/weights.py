@@ -1,0 +1,184 @@
+"""Weights as the products read them, and how a tile of them becomes bf16 in registers.
+
+Owns the layouts. bf16 and int8 stay (out, in). int4 is stored in the order in which the matrix instruction wants its
+operand in registers, so that a thread reads 16 bytes at once and no byte changes place:
+
+    words   (in / DEPTH, out, DEPTH / 8) int32: of a row, word t * DEPTH / 32 + g (t = 0..3) holds the levels at
+            32 g + 16 s + 8 h + 2 t + l of a block of DEPTH inputs, each in the 4 bits from 4 (2 s + h) + 16 l on. The
+            two levels of a pair l are neighbours in the operand and 16 bits apart in the word: one instruction makes
+            bf16 of both.
+    scales  (in / DEPTH, out, DEPTH / 32) int32: a group's scale in the low half, its zero point in the high, both bf16.
+
+A weight is made as the definition has it, (level - 8) * scale + zero, rounded once to bf16.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.weights import INT4_GROUP, unpack_int4
+
+INT4_DEPTHS = (128, 64, 32)  # the largest that divides `in`: 128 gives a thread 16 bytes of a row at once
+
+
+@dataclass(frozen=True)
+class Matrices(Sequence["Matrices"]):
+    """E matrices (out, in) of one format; of a layer's experts, or one alone. As a sequence: each by itself."""
+
+    format: str  # "bf16", "int8" or "int4"
+    values: Tensor  # (E, out, in) bf16 or int8; (E, in / DEPTH, out, DEPTH / 8) int32
+    scales: Tensor  # bf16: the values again, and not read; int8: (E, out) fp32; int4: as above, for each of the E
+    num_out: int
+    num_in: int
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int | slice) -> "Matrices":
+        part = index if isinstance(index, slice) else slice(index, index + 1)
+        return Matrices(self.format, self.values[part], self.scales[part], self.num_out, self.num_in)
+
+    @property
+    def depth(self) -> int:
+        """How many inputs lie together; 0 where all do."""
+        return self.values.shape[3] * 8 if self.format == "int4" else 0
+
+
+def prepare_bf16(parts: Mapping[str, Tensor]) -> Matrices:
+    """From the parts of `bf16`."""
+    values = parts["weight"].contiguous()[None]
+    return Matrices("bf16", values, values, *values.shape[1:])
+
+
+def prepare_int8(parts: Mapping[str, Tensor]) -> Matrices:
+    """From the parts of `int8`."""
+    return Matrices("int8", parts["q"].contiguous()[None], parts["scale"].float()[None], *parts["q"].shape)
+
+
+def prepare_int4(parts: Mapping[str, Tensor]) -> Matrices:
+    """From the parts of `int4`, in another order and as many bytes."""
+    levels = unpack_int4(parts["q"]).int()  # (out, in)
+    num_out, num_in = levels.shape
+    depth = next(depth for depth in INT4_DEPTHS if num_in % depth == 0)
+    groups = depth // INT4_GROUP
+    scale, zero = (parts[name].bfloat16().view(torch.int16).int() & 0xFFFF for name in ("scale", "zero"))
+    pairs = (scale | (zero << 16)).view(num_out, -1, groups).transpose(0, 1)
+    return Matrices("int4", _words(levels, depth)[None], pairs.contiguous()[None], num_out, num_in)
+
+
+def _words(levels: Tensor, depth: int) -> Tensor:
+    """(in / depth, out, depth / 8) int32."""
+    num_out = len(levels)
+    split = levels.view(num_out, -1, depth // INT4_GROUP, 2, 2, 4, 2)  # (out, blocks, g, s, h, t, l)
+    split = split.permute(1, 0, 5, 2, 3, 4, 6).reshape(-1, num_out, 4, depth // INT4_GROUP, 8)  # ..., t, g, (s, h, l)
+    shifts = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device=levels.device)
+    # No two share a bit, so the sum is their union; of 32 bits, the highest being the sign.
+    return (split << shifts).sum(-1, dtype=torch.int32).flatten(2).contiguous()
+
+
+def stack(matrices: Sequence[Matrices]) -> Matrices:
+    """All experts' matrices in one tensor, so that a program finds its expert's by number."""
+    first = matrices[0]
+    values = torch.cat([one.values for one in matrices])
+    scales = values if first.format == "bf16" else torch.cat([one.scales for one in matrices])
+    return Matrices(first.format, values, scales, first.num_out, first.num_in)
+
+
+# ---------------------------------------------------------------------------------------------------------- the kernels
+
+# 0x4300 is 128 in bf16, whose last four bits are worth 8, 4, 2 and 1; 0x4308 is 136.
+_INT4_ASM = tl.constexpr("""{
+    .reg .b16 scale, zero;
+    .reg .b32 scales, zeros, rest, a, b, c, d;
+    mov.b32 {scale, zero}, $9;
+    mov.b32 scales, {scale, scale};
+    mov.b32 zeros, {zero, zero};
+    lop3.b32 a, $8, 0x000F000F, 0x43004300, 0xEA;
+    shr.u32 rest, $8, 4;
+    lop3.b32 b, rest, 0x000F000F, 0x43004300, 0xEA;
+    shr.u32 rest, $8, 8;
+    lop3.b32 c, rest, 0x000F000F, 0x43004300, 0xEA;
+    shr.u32 rest, $8, 12;
+    lop3.b32 d, rest, 0x000F000F, 0x43004300, 0xEA;
+    mov.b32 rest, 0x43084308;
+    sub.rn.bf16x2 a, a, rest;
+    sub.rn.bf16x2 b, b, rest;
+    sub.rn.bf16x2 c, c, rest;
+    sub.rn.bf16x2 d, d, rest;
+    fma.rn.bf16x2 a, a, scales, zeros;
+    fma.rn.bf16x2 b, b, scales, zeros;
+    fma.rn.bf16x2 c, c, scales, zeros;
+    fma.rn.bf16x2 d, d, scales, zeros;
+    mov.b32 {$0, $1}, a;
+    mov.b32 {$2, $3}, b;
+    mov.b32 {$4, $5}, c;
+    mov.b32 {$6, $7}, d;
+}""")
+
+
+@triton.jit
+def tile(
+    values,
+    scales,
+    row,
+    num_out,
+    num_in,
+    block,
+    FORMAT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Rows `row` (OUTPUTS,) of one matrix, inputs block * DEPTH and on: (OUTPUTS, DEPTH) bf16, 0 beyond num_in.
+
+    The rows must be there. int8 is without its scales, which belong to the sums.
+    """
+    if FORMAT == "int4":
+        word, pairs = _int4_words(values, scales, row, num_out, block, DEPTH)
+        return _widen_int4(word, pairs, row.shape[0], DEPTH, ASM)
+    column = block * DEPTH + tl.arange(0, DEPTH)[None, :]
+    address = values + row.to(tl.int64)[:, None] * num_in + column
+    weight = tl.load(address) if EVEN else tl.load(address, mask=column < num_in, other=0)
+    return weight.to(tl.bfloat16)
+
+
+@triton.jit
+def _int4_words(values, scales, row, num_out, block, DEPTH: tl.constexpr):
+    WORDS: tl.constexpr = DEPTH // 8
+    GROUPS: tl.constexpr = DEPTH // 32
+    word = tl.arange(0, WORDS)[None, :]
+    place = (row.to(tl.int64) + block * num_out)[:, None]
+    return tl.load(values + place * WORDS + word), tl.load(scales + place * GROUPS + word % GROUPS)
+
+
+@triton.jit
+def _widen_int4(word, pairs, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, ASM: tl.constexpr):
+    if ASM:
+        a0, a1, b0, b1, c0, c1, d0, d1 = tl.inline_asm_elementwise(
+            _INT4_ASM,
+            constraints="=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+            args=[word, pairs],
+            dtype=(tl.bfloat16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a0, a1 = _weight(word, pairs, 0), _weight(word, pairs, 16)
+        b0, b1 = _weight(word, pairs, 4), _weight(word, pairs, 20)
+        c0, c1 = _weight(word, pairs, 8), _weight(word, pairs, 24)
+        d0, d1 = _weight(word, pairs, 12), _weight(word, pairs, 28)
+    pair = tl.join(tl.join(tl.join(a0, a1), tl.join(b0, b1)), tl.join(tl.join(c0, c1), tl.join(d0, d1)))  # ..., l, h, s
+    split = tl.reshape(pair, (OUTPUTS, 4, DEPTH // 32, 2, 2, 2))  # out, t, g, l, h, s
+    return tl.reshape(tl.permute(split, (0, 2, 5, 4, 1, 3)), (OUTPUTS, DEPTH))
+
+
+@triton.jit
+def _weight(word, pairs, SHIFT: tl.constexpr):
+    # What the machine code above does, for the interpreter: one of a word's eight weights.
+    scale = (pairs << 16).to(tl.float32, bitcast=True)
+    zero = (pairs & -65536).to(tl.float32, bitcast=True)
+    return ((((word >> SHIFT) & 15) - 8).to(tl.float32) * scale + zero).to(tl.bfloat16)

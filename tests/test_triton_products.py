@@ -1,0 +1,232 @@
+"""Products by prepared weights are the definition's, in every regime; `test_kernels.py` has small ones."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.quant import FORMATS
+from kernels import reference
+from kernels.triton import OPS, alignment, products, tiles, weights
+from kernels.triton.weights import Matrices
+from kernels.weights import dequantize_int4
+from tests import triton_interpreter
+from tests.triton_memory import far_rows, guarded
+
+# bf16: int4 weights, the gated product and each result are rounded, 2^-9 each; their errors are independent.
+TOLERANCE = 2**-7
+QUANTIZED = ["bf16", "int8", "int4"]
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> Iterator[None]:
+    triton_interpreter.install()
+    torch.manual_seed(0)
+    with guarded():
+        yield
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    difference = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert difference <= TOLERANCE, f"off by {difference:.2e}"
+
+
+# --------------------------------------------------------------------------------------------------------------- layout
+
+
+@pytest.mark.parametrize(("num_out", "num_in"), [(64, 128), (33, 256), (70, 64), (5, 96)])  # depths 128, 128, 64, 32
+def test_int4_in_another_order_is_the_same_weight(num_out: int, num_in: int) -> None:
+    parts = FORMATS["int4"].quantize(torch.randn(num_out, num_in))
+    assert torch.equal(products._widen(weights.prepare_int4(parts)), dequantize_int4(parts).bfloat16())
+
+
+def test_the_machine_code_makes_the_weights_that_the_interpreters_twin_makes() -> None:
+    """All levels in all eight places, and scales whose product needs rounding, by a small model of the instructions."""
+    word = torch.zeros(16, dtype=torch.int64)
+    for place in range(8):
+        word |= ((torch.arange(16) * 7 + place * 5) % 16) << (4 * place)
+    scale, zero = (torch.randn(16).bfloat16().view(torch.int16).long() & 0xFFFF for _ in range(2))
+    pairs = scale | (zero << 16)
+    made = run_machine_code(weights._INT4_ASM.value, {"$8": word, "$9": pairs})
+    for place in range(8):
+        nibble = place // 2 + 4 * (place % 2)  # results in the order of (0, 16), (4, 20), ... of `_widen_int4`
+        level = ((word >> (4 * nibble)) & 15) - 8
+        expected = (level.float() * bf16(scale).float() + bf16(zero).float()).bfloat16()
+        assert torch.equal(bf16(made[f"${place}"]), expected)
+
+
+def bf16(bits: Tensor) -> Tensor:
+    """The lower 16 bits as a number."""
+    return (bits & 0xFFFF).to(torch.uint16).view(torch.bfloat16)
+
+
+def halves(operate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operation on numbers as one on both halves of registers, rounded once to bf16."""
+
+    def on_registers(*registers: Tensor) -> Tensor:
+        low, high = (operate(*(bf16(x >> shift).float() for x in registers)).bfloat16() for shift in (0, 16))
+        return low.view(torch.uint16).long() | (high.view(torch.uint16).long() << 16)
+
+    return on_registers
+
+
+INSTRUCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    "shr.u32": lambda x, places: x >> places,
+    "lop3.b32": lambda a, b, c, table: torch.where(table == 0xEA, (a & b) | c, -1),  # the table of that function
+    "sub.rn.bf16x2": halves(torch.sub),
+    "fma.rn.bf16x2": halves(lambda a, b, c: a * b + c),  # the product of two bf16 is exact in fp32
+}
+
+
+def run_machine_code(code: str, registers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The registers, of 32 bits as int64, after PTX of the few instructions that our kernels use."""
+
+    def value(name: str) -> Tensor:
+        return torch.full((16,), int(name, 0)) if name[0].isdigit() else registers[name]
+
+    for statement in code.strip().strip("{}").split(";"):
+        operation, _, rest = statement.strip().partition(" ")
+        names = re.findall(r"[$\w]+", rest)
+        if operation == "mov.b32" and len(names) == 2:
+            registers[names[0]] = value(names[1])
+        elif operation == "mov.b32" and rest.startswith("{"):  # a register into its halves
+            registers[names[0]], registers[names[1]] = value(names[2]) & 0xFFFF, value(names[2]) >> 16
+        elif operation == "mov.b32":
+            registers[names[0]] = value(names[1]) | (value(names[2]) << 16)
+        elif operation and operation != ".reg":
+            registers[names[0]] = INSTRUCTIONS[operation](*map(value, names[1:]))
+    return registers
+
+
+# ------------------------------------------------------------------------------------------------------------ alignment
+
+
+@pytest.mark.parametrize("tokens", [16, 64])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "num_chosen"), [(1, 4, 1), (3, 8, 2), (40, 5, 3), (128, 100, 8), (129, 128, 8)]
+)
+def test_every_pair_has_a_place_in_a_tile_of_its_expert(
+    num_tokens: int, num_experts: int, num_chosen: int, tokens: int
+) -> None:
+    chosen = torch.rand(num_tokens, num_experts).topk(num_chosen).indices
+    chosen[: num_tokens // 2] = chosen[0].clone()  # some experts have many tokens
+    aligned = alignment.align(chosen, num_experts, tokens)
+    num_padded, num_pairs = int(aligned.num_padded), chosen.numel()
+    assert num_padded <= aligned.num_blocks * tokens
+    used = aligned.pairs[:num_padded].view(-1, tokens)
+    assert used[used < num_pairs].sort().values.tolist() == list(range(num_pairs))
+    assert (used < num_pairs).any(dim=1).all(), "no tile is empty"
+    for tile, expert in zip(used, aligned.block_experts.tolist(), strict=False):
+        pairs = tile[tile < num_pairs]
+        assert (chosen.flatten()[pairs] == expert).all()
+        assert pairs.tolist() == sorted(pairs.tolist()), "in the tokens' order: the same in every run"
+    assert (aligned.pairs[num_padded:] == num_pairs).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- products
+
+
+@dataclass(frozen=True)
+class Case:
+    num_tokens: int
+    num_experts: int = 4
+    num_chosen: int = 1
+    hidden: int = 64
+    intermediate: int = 64
+    has_bias: bool = False
+    is_gated: bool = True
+
+
+CASES = {
+    "one token, unsorted": Case(1, num_experts=16, num_chosen=4),
+    "one token of few experts": Case(1, num_experts=4, num_chosen=2),
+    "tiles of 16": Case(20),
+    "tiles of 32": Case(60, num_experts=3),
+    "tiles of 64": Case(100, num_experts=2),
+    "tiles of 128, in groups": Case(200, num_experts=3, num_chosen=2),
+    "an expert nobody chose": Case(3, num_experts=30, num_chosen=3),
+    "outputs that no tile divides": Case(20, num_experts=3, num_chosen=2, hidden=96, intermediate=160),
+    "inputs in many pieces, split": Case(5, num_experts=2, intermediate=1024),
+    "biases": Case(20, num_chosen=2, has_bias=True),
+    "biases, and inputs split": Case(2, num_experts=2, intermediate=1024, has_bias=True),
+    "another activation": Case(20, num_chosen=2, is_gated=False),
+    "another activation and biases": Case(2, num_experts=16, num_chosen=2, is_gated=False, has_bias=True),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_experts_are_the_definitions(case: Case, name: str) -> None:
+    shapes = (2 * case.intermediate, case.hidden), (case.hidden, case.intermediate)
+    parts = [[FORMATS[name].quantize(torch.randn(shape) * 0.1) for _ in range(case.num_experts)] for shape in shapes]
+    biases = [torch.randn(case.num_experts, shape[0]).bfloat16() if case.has_bias else None for shape in shapes]
+    x = torch.randn(case.num_tokens, case.hidden).bfloat16()
+    # Half of all tokens are of one mind, and no expert but the chosen ones has numbers.
+    logits = torch.randn(case.num_tokens, case.num_experts)
+    logits[::2] = logits[0].clone()
+    chosen_weights, chosen = reference.route(logits, case.num_chosen, "softmax", True)
+    actual, expected = (
+        table.experts(
+            x,
+            chosen_weights,
+            chosen,
+            gate_up=table.weights[name].stack([table.weights[name].prepare(part) for part in parts[0]]),
+            down=table.weights[name].stack([table.weights[name].prepare(part) for part in parts[1]]),
+            linear=table.weights[name].linear,
+            activation=table.swiglu if case.is_gated else lambda inner: reference.clamped_swiglu(inner, 1.7, 7.0),
+            gate_up_bias=biases[0],
+            down_bias=biases[1],
+        )
+        for table in (OPS, reference.OPS)
+    )
+    assert actual.dtype == x.dtype
+    assert_close(actual, expected)
+
+
+def test_the_cases_are_of_every_regime() -> None:
+    """Else a tile of the table would be tested by none of them."""
+    seen: dict[str, set[int]] = {name: set() for name in QUANTIZED}
+    splits: set[int] = set()
+    for name in QUANTIZED:
+        for case in CASES.values():
+            tile = tiles.product_tile(
+                name, 128, case.num_tokens * case.num_chosen, case.num_experts, case.hidden, case.intermediate
+            )
+            seen[name].add(tile.tokens)
+            splits.add(tile.splits)
+    assert seen == {name: {entry[0] for entry in tiles._PRODUCT[name].values()} for name in QUANTIZED}
+    assert min(splits) == 1 < max(splits)
+
+
+def test_experts_that_nobody_chose_are_not_read() -> None:
+    values = torch.full((4, 128, 64), torch.nan, dtype=torch.bfloat16)
+    values[2] = torch.randn(128, 64)
+    gate_up = Matrices("bf16", values, values, 128, 64)
+    down = Matrices("bf16", values[:, :64].contiguous(), values, 64, 64)
+    x, chosen = torch.randn(20, 64).bfloat16(), torch.full((20, 1), 2)
+    output = products.experts(x, torch.ones(20, 1), chosen, gate_up, down, products.linear, OPS.swiglu)
+    assert output.isfinite().all()
+
+
+def test_experts_beyond_32_bits() -> None:
+    values = far_rows(3, 128 * 64).as_strided((3, 128, 64), (2**30, 64, 1))
+    gate_up, down = (Matrices("bf16", part, part, *part.shape[1:]) for part in (values, values[:, :64]))
+    x, chosen = torch.randn(20, 64).bfloat16(), torch.full((20, 1), 2)
+    actual = products.experts(x, torch.ones(20, 1), chosen, gate_up, down, products.linear, OPS.swiglu)
+    near = values[2].float()
+    assert_close(actual, reference.linear(reference.swiglu(reference.linear(x, near)), near[:64]))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 17, 128, 129])  # the last is widened
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_matrix_is_the_definitions(name: str, num_tokens: int) -> None:
+    parts = FORMATS[name].quantize(torch.randn(200, 1152) * 0.1)
+    x = torch.randn(num_tokens, 1152)
+    kernel, definition = OPS.weights[name], reference.OPS.weights[name]
+    actual = kernel.linear(x, kernel.prepare(parts))
+    assert actual.dtype == x.dtype
+    assert_close(actual, definition.linear(x, definition.prepare(parts)))
