@@ -120,11 +120,18 @@ def event_headers(
 
     `source` is a URI reference that names the worker, `subject` what the event is about, `time_s` seconds since 1970.
     """
+    shared = shared_headers(type(message), source=source, subject=subject, time_s=time_s, carried=carried)
+    return (*shared, id_header(message))
+
+
+def shared_headers(
+    kind: type[AnyResult], *, source: str, subject: str | None, time_s: float, carried: Headers = ()
+) -> tuple[tuple[str, bytes], ...]:
+    """What `event_headers` are for all messages of a kind about one thing, but for the id: there may be thousands."""
     attributes = {
         "ce_specversion": "1.0",
-        "ce_id": event_id(message),
         "ce_source": source,
-        "ce_type": KINDS[type(message)],
+        "ce_type": KINDS[kind],
         "ce_time": datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "content-type": JSON_TYPE,
     }
@@ -132,6 +139,11 @@ def event_headers(
         attributes["ce_subject"] = subject
     passed_on = ((name, value) for name, value in carried if value is not None)
     return (*passed_on, *((name, text.encode()) for name, text in attributes.items()))
+
+
+def id_header(message: AnyResult) -> tuple[str, bytes]:
+    """The header that no two messages share."""
+    return "ce_id", event_id(message).encode()
 
 
 def carried_headers(headers: Headers) -> tuple[tuple[str, bytes], ...]:

@@ -305,7 +305,8 @@ def test_an_answer_goes_out_under_the_requests_key_and_trace(ask, tokenizer, mai
 def test_costs_and_readings_share_the_costs_topic(mail):
     cost, meter = MESSAGES["cost"], MESSAGES["meter"]
     assert isinstance(meter, MeterReading)
-    assert mail.cost(cost, record(b"")).topic == mail.meter(meter).topic == "tokenmill.costs"
+    (sent,) = mail.costs([cost], record(b""))
+    assert sent.topic == mail.meter(meter).topic == "tokenmill.costs"
     assert mail.meter(meter).key == meter.life.encode()
 
 

@@ -5,10 +5,10 @@ the messages is made by `worker/outcome.py`, `worker/cost.py` and `worker/stream
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
-from schemas.codec import AnyResult, carried_headers, encode, event_headers
+from schemas.codec import carried_headers, encode, event_headers, id_header, shared_headers
 from schemas.cost import CostEvent, MeterReading
 from schemas.results import Chunk, Completion, ErrorCode
 from worker.brokers.base import Headers, Outgoing, Record
@@ -34,15 +34,15 @@ class Envelope:
 
     def completion(self, message: Completion, request: Record) -> Outgoing:
         """For whoever waits for the answer."""
-        return self._answer(self._topics.completions, message, message.custom_id, request)
+        return self._answers(self._topics.completions, [message], request)[0]
 
-    def cost(self, message: CostEvent, request: Record) -> Outgoing:
-        """For the ledger."""
-        return self._answer(self._topics.costs, message, message.custom_id, request)
+    def costs(self, messages: Sequence[CostEvent], request: Record) -> list[Outgoing]:
+        """One answer's, for the ledger."""
+        return self._answers(self._topics.costs, messages, request)
 
     def chunk(self, message: Chunk, request: Record) -> Outgoing:
         """For whoever watches the answer come."""
-        return self._answer(self._topics.chunks, message, message.custom_id, request)
+        return self._answers(self._topics.chunks, [message], request)[0]
 
     def meter(self, message: MeterReading) -> Outgoing:
         """For the ledger. The key keeps one life's readings in order, in one partition."""
@@ -67,15 +67,24 @@ class Envelope:
         named = tuple((f"tokenmill.error.{name}", text.encode()) for name, text in reasons.items())
         return Outgoing(topic=self._topics.dead_letters, key=key, value=value, headers=(*headers, *named))
 
-    def _answer(self, topic: str, message: AnyResult, subject: str | None, request: Record) -> Outgoing:
-        headers = event_headers(
-            message,
+    def _answers(
+        self, topic: str, messages: Sequence[Completion | CostEvent | Chunk], request: Record
+    ) -> list[Outgoing]:
+        """All of one kind. A bill may have an event for each token: what they share is made once."""
+        if not messages:
+            return []
+        key = _key(request)
+        shared = shared_headers(
+            type(messages[0]),
             source=self._source,
-            subject=subject,
+            subject=messages[0].custom_id,
             time_s=self.clock(),
             carried=carried_headers(request.headers),
         )
-        return Outgoing(topic=topic, key=_key(request), value=encode(message), headers=headers)
+        return [
+            Outgoing(topic=topic, key=key, value=encode(message), headers=(*shared, id_header(message)))
+            for message in messages
+        ]
 
     def _reasons(self, request: Record, error: RequestError) -> dict[str, str]:
         return {

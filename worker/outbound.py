@@ -58,7 +58,7 @@ class Outbound:
         record = answer.admitted.record
         return [
             self._envelope.completion(completion, record),
-            *(self._envelope.cost(event, record) for event in events),
+            *self._envelope.costs(events, record),
             *(self._dead_letter(record, fault) if fault else ()),
         ]
 
