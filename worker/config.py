@@ -153,6 +153,11 @@ class Topics:
         return (self.requests, self.batch)
 
     @property
+    def written(self) -> tuple[str, ...]:
+        """What workers write."""
+        return (self.completions, self.costs, self.chunks, self.dead_letters)
+
+    @property
     def by_setting(self) -> dict[str, str]:
         """Every topic that must exist, by what it is for."""
         names = ("requests", "batch", "completions", "costs", "chunks", "dead_letters")

@@ -65,7 +65,7 @@ async def run(settings: Settings, client: KafkaSettings | None = None) -> int:
                 steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
                 engine = _engine(core, steps)
                 client = client or settings.kafka.client(worker=settings.worker, group=settings.group)
-                await require_topics(client, list(settings.topics.by_setting.values()))  # those we only write to, too
+                await require_topics(client, settings.topics.written, "WRITE")  # the others the broker looks for
                 service = assemble(settings, KafkaBroker(client), engine, steps, tokenizer, telemetry, drain, born_ns)
                 engine.start()
                 probe.service = service

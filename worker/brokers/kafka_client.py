@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, Self
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.conn import create_conn
 from msgspec import Struct
 
 from worker.brokers.base import Outgoing, Place, Record
-from worker.brokers.kafka_errors import of_client, right_missing, topic_missing
+from worker.brokers.kafka_errors import TopicRight, of_client, right_missing, topic_missing
 from worker.brokers.kafka_settings import KafkaSettings, milliseconds
-from worker.errors import Misconfigured, Unavailable
+from worker.errors import Misconfigured, TokenmillError, Unavailable
 
 TOPIC_KNOWN_S = 2.0  # a topic that was created a moment ago reaches every broker within this; usually 0.05 s
 TOPIC_RETRY_S = 0.25
@@ -49,7 +50,7 @@ async def create_topics(settings: KafkaSettings, topics: Sequence[TopicSpec]) ->
     try:
         response = await _requested(settings, topics)
     except (errors.KafkaError, OSError) as error:
-        raise of_client(error, settings) from error
+        raise await _judged(error, settings) from error
     answers = {name: (code, text) for name, code, text in response.topic_errors}
     for name, (code, text) in answers.items():
         if code in (_TOPIC_DENIED, _CLUSTER_DENIED):
@@ -62,10 +63,13 @@ async def create_topics(settings: KafkaSettings, topics: Sequence[TopicSpec]) ->
     )
 
 
-async def require_topics(settings: KafkaSettings, topics: Sequence[str]) -> None:
-    """The topics exist and we may see them. Raises Misconfigured, which names the one that is missing."""
+async def require_topics(settings: KafkaSettings, topics: Sequence[str], right: TopicRight = "READ") -> None:
+    """The topics exist and we may see them. Raises Misconfigured, which names the one that is missing.
+
+    Topics that we may not see are those for which we have no right at all: `right` is the one that we shall need.
+    """
     async with _reader(settings) as consumer:
-        await _known_partitions(consumer, topics)
+        await _known_partitions(consumer, topics, right)
 
 
 async def count_partitions(settings: KafkaSettings, topics: Sequence[str]) -> dict[str, int]:
@@ -97,14 +101,14 @@ class Sender:
         except errors.UnknownTopicOrPartitionError as error:
             raise topic_missing(record.topic) from error
         except errors.KafkaError as error:
-            raise of_client(error, self._settings) from error
+            raise of_client(error, self._settings, "WRITE") from error
         return asyncio.create_task(self._kept(sent))
 
     async def _kept(self, sent: Awaitable[Any]) -> Kept:
         try:
             metadata = await sent
         except errors.KafkaError as error:
-            raise of_client(error, self._settings) from error
+            raise of_client(error, self._settings, "WRITE") from error
         return Kept(Place(metadata.topic, metadata.partition), metadata.offset)
 
     async def __aenter__(self) -> Self:
@@ -118,7 +122,7 @@ class Sender:
             await self._producer.start()
         except (errors.KafkaError, OSError) as error:
             await self._producer.stop()
-            raise of_client(error, self._settings) from error
+            raise await _judged(error, self._settings) from error
         return self
 
     async def __aexit__(
@@ -193,12 +197,35 @@ async def _reader(settings: KafkaSettings) -> AsyncIterator[AIOKafkaConsumer]:
         await consumer.start()
         yield consumer
     except (errors.KafkaError, OSError) as error:
-        raise of_client(error, settings) from error
+        raise await _judged(error, settings) from error
     finally:
         await consumer.stop()
 
 
-async def _known_partitions(consumer: AIOKafkaConsumer, topics: Sequence[str]) -> list[TopicPartition]:
+async def _judged(error: Exception, settings: KafkaSettings) -> TokenmillError:
+    """What the error means. aiokafka only logs why it can connect to no broker: then we try each of them ourselves."""
+    if isinstance(error, errors.KafkaConnectionError):
+        refusals = await asyncio.gather(*(_refusal(settings, address) for address in settings.addresses))
+        meanings = [of_client(refusal, settings) for refusal in refusals if refusal]
+        if mistakes := [meaning for meaning in meanings if isinstance(meaning, Misconfigured)]:
+            return mistakes[0]
+    return of_client(error, settings)
+
+
+async def _refusal(settings: KafkaSettings, address: str) -> Exception | None:
+    """What keeps us from connecting and logging in at the address."""
+    host, _, port = address.rpartition(":")
+    try:
+        connection = await create_conn(host.strip("[]"), int(port), **settings.connection_options())
+    except (errors.KafkaError, OSError) as error:
+        return error
+    connection.close()
+    return None
+
+
+async def _known_partitions(
+    consumer: AIOKafkaConsumer, topics: Sequence[str], right: TopicRight = "READ"
+) -> list[TopicPartition]:
     """Every partition of the topics. Raises Misconfigured for a topic that stays unknown."""
     deadline_s = time.monotonic() + TOPIC_KNOWN_S
     client = consumer._client
@@ -206,7 +233,7 @@ async def _known_partitions(consumer: AIOKafkaConsumer, topics: Sequence[str]) -
         await client.set_topics(topics)
         await client.force_metadata_update()
         if denied := client.cluster.unauthorized_topics & set(topics):
-            raise right_missing("READ", f"topic {min(denied)!r}")
+            raise right_missing(right, f"topic {min(denied)!r}")
         numbers = {topic: client.cluster.partitions_for_topic(topic) for topic in topics}
         if all(numbers.values()):
             return [TopicPartition(topic, number) for topic in topics for number in sorted(numbers[topic])]

@@ -95,9 +95,15 @@ class KafkaSettings:
         """The keyword arguments that every aiokafka client takes."""
         return {
             "bootstrap_servers": self.addresses,
+            "retry_backoff_ms": 50,  # 100 by default; most retries wait for a coordinator that is back within 100 ms
+            **self.connection_options(),
+        }
+
+    def connection_options(self) -> dict[str, Any]:
+        """Those of them that a single connection takes, too."""
+        return {
             "client_id": self.worker,
             "request_timeout_ms": milliseconds(self.request_timeout_s),
-            "retry_backoff_ms": 50,  # 100 by default; most retries wait for a coordinator that is back within 100 ms
             "security_protocol": self.security_protocol,
             "sasl_mechanism": self.sasl_mechanism if self.uses_sasl else "PLAIN",
             "sasl_plain_username": self.sasl_username,

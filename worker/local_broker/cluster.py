@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -44,7 +44,9 @@ class Cluster:
 
     `owned` (the default, for tests and the demo): no node outlives this process, however it ends; leaving the `with`
     block kills them all. Not owned: nodes run until somebody stops them. `settings` are extra lines of
-    `server.properties`. Methods that take nodes take all when given none.
+    `server.properties`, `listeners` are further ones of a single node (`SASL_SSL://127.0.0.1:9093`), `format_options`
+    further words for the tool that prepares the data (`--add-scram ...`). Methods that take nodes take all when given
+    none.
     """
 
     def __init__(
@@ -55,11 +57,15 @@ class Cluster:
         port: int | None = None,
         heap: str = "384m",  # idle it needs half; 256m works, and is tight under load
         settings: Mapping[str, str] | None = None,
+        listeners: Sequence[str] = (),
+        format_options: Sequence[str] = (),
         owned: bool = True,
     ) -> None:
         self.directory = directory.absolute()
         self._heap = heap
         self._settings = dict(settings or {})
+        self._listeners = tuple(listeners)
+        self._format_options = tuple(format_options)
         self._owned = owned
         self._shape = self._recorded_shape(nodes) or _new_shape(nodes or 1)
         self.nodes = self._placed_nodes()
@@ -189,7 +195,12 @@ class Cluster:
             node.folder.mkdir(parents=True, exist_ok=True)
             node.properties.write_text(
                 server_properties(
-                    node.id, self._shape.ports, self._shape.controller_ports, str(node.data), self._settings
+                    node.id,
+                    self._shape.ports,
+                    self._shape.controller_ports,
+                    str(node.data),
+                    self._settings,
+                    self._listeners,
                 )
             )
         self._logging_file.write_text(LOG4J)
@@ -200,11 +211,10 @@ class Cluster:
         fresh = [node for node in self.nodes if not (node.data / "meta.properties").exists()]
         if fresh:
             report(f"preparing the data folder: {self.directory}")
+        format_new = ("kafka.tools.StorageTool", "format", "-t", self._shape.cluster_id, *self._format_options)
         formats = [
             subprocess.Popen(
-                self._java(
-                    jars, "kafka.tools.StorageTool", "format", "-t", self._shape.cluster_id, "-c", str(node.properties)
-                ),
+                self._java(jars, *format_new, "-c", str(node.properties)),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -19,20 +19,29 @@ LOG4J = """\
 
 
 def server_properties(
-    node: int, ports: Sequence[int], controller_ports: Sequence[int], data: str, extra: Mapping[str, str]
+    node: int,
+    ports: Sequence[int],
+    controller_ports: Sequence[int],
+    data: str,
+    extra: Mapping[str, str],
+    listeners: Sequence[str],
 ) -> str:
-    """The text of one node's `server.properties`; `extra` has the last word. Nodes are numbered from 1."""
+    """The text of one node's `server.properties`; `extra` has the last word. Nodes are numbered from 1.
+
+    `listeners` are those beside the unencrypted one, which the nodes themselves go on using.
+    """
     nodes = len(ports)
     copies, in_sync = (
         min(3, nodes),
         2 if nodes >= 3 else 1,
     )  # the internal topics' default, 3, never comes up on one node
+    own_listeners = [f"PLAINTEXT://{HOST}:{ports[node - 1]}", f"CONTROLLER://{HOST}:{controller_ports[node - 1]}"]
     properties: dict[str, object] = {
         "process.roles": "broker,controller",
         "node.id": node,
         "controller.quorum.voters": ",".join(f"{i}@{HOST}:{port}" for i, port in enumerate(controller_ports, start=1)),
-        "listeners": f"PLAINTEXT://{HOST}:{ports[node - 1]},CONTROLLER://{HOST}:{controller_ports[node - 1]}",
-        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "listeners": ",".join(own_listeners + list(listeners)),
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL",
         "controller.listener.names": "CONTROLLER",
         "log.dirs": data,
         "auto.create.topics.enable": "false",  # topics are created on purpose
