@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.core import Core
 from engine.errors import EngineMisconfigured
 from engine.types import Finished, FinishReason, Request, Sampling, Token
+from tests.parity import ARCHITECTURE_SHAPES
 from tests.tiny_models import SHAPES, VOCAB_SIZE, tiny, tiny_mixtral, transformers_greedy
 
 pytestmark = pytest.mark.timeout(600)  # importing transformers alone has taken 90 s on two busy cores
@@ -24,6 +25,17 @@ PROMPTS = [
     [5],
     [8, 9, 8, 9, 8, 9, 8, 9],
 ]
+
+
+# Every shape goes through the engine plainly and with all that cuts and shares its work; these also with each alone.
+EACH_WAY = [
+    *ARCHITECTURE_SHAPES,
+    "llama, one key-value head, tied",
+    "llama, llama3 rope",
+    "mixtral, 8 experts, 3 chosen, tied",
+    "mixtral, one chosen, odd hidden size",
+]
+each_way = pytest.mark.parametrize("shape", EACH_WAY, indirect=True)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -74,15 +86,18 @@ def test_greedy_tokens_are_transformers_own(shape, expected):
     assert greedy(engine(shape))[0] == expected
 
 
+@each_way
 def test_one_at_a_time_they_are_the_same(shape, expected):
     assert greedy(engine(shape, sequences_max=1))[0] == expected
 
 
+@each_way
 @pytest.mark.parametrize("tokens_per_step_max", [4, 7])
 def test_prompts_in_chunks_change_nothing(shape, expected, tokens_per_step_max):
     assert greedy(engine(shape, sequences_max=4, tokens_per_step_max=tokens_per_step_max))[0] == expected
 
 
+@each_way
 def test_a_cached_prefix_changes_nothing(shape, expected):
     core = engine(shape, sequences_max=1)
     greedy(core)
@@ -91,6 +106,7 @@ def test_a_cached_prefix_changes_nothing(shape, expected):
     assert [f.usage.num_cached for f in finished] == [24, 16, 0, 4]  # all full blocks that leave a token to compute
 
 
+@each_way
 def test_preemption_changes_nothing(shape, expected):
     tokens, finished = greedy(engine(shape, cache_tokens=112))  # the longest alone needs 92
     assert tokens == expected
@@ -98,6 +114,7 @@ def test_preemption_changes_nothing(shape, expected):
     assert sum(f.usage.num_recomputed for f in finished) > 0
 
 
+@each_way
 def test_drafts_change_nothing(shape, expected):
     tokens, finished = greedy(engine(shape, drafts_max=4, draft_cost=0.0))
     assert tokens == expected

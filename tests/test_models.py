@@ -1,5 +1,6 @@
 """The decoder computes what transformers computes, however a sequence is cut into steps."""
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -88,3 +89,9 @@ def load_fp32(checkpoint: Path) -> Decoder:
 def test_the_readme_names_every_architecture() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert [name for name in ARCHITECTURES if f"`{name}`" not in readme] == []
+
+
+def test_every_published_architecture_has_a_shape(tmp_path: Path) -> None:
+    configs = [tiny(name, tmp_path, SEED) / "config.json" for name in ARCHITECTURE_SHAPES]
+    there = {json.loads(config.read_text())["architectures"][0] for config in configs}
+    assert there == set(ARCHITECTURES) - {"SmolLM2MoeForCausalLM"}  # our own: tests/test_demo_model.py

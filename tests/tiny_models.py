@@ -145,7 +145,7 @@ SHAPES: dict[str, Shape] = {
         },
     ),
     "mixtral, windows": (tiny_mixtral, {"sliding_window": 5}),
-    "mistral, windows": (tiny_mistral, {}),
+    "mistral": (tiny_mistral, {}),
     "mistral, windows of two tokens": (tiny_mistral, {"sliding_window": 2, "head_dim": 32}),
     "mistral, no windows": (tiny_mistral, {"sliding_window": None}),
     "qwen3": (tiny_qwen3, {}),
