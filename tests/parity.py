@@ -112,17 +112,26 @@ def cache_for(model: Decoder) -> KVCache:
 
 
 def rounded(checkpoint: Path, weights: str) -> Path:
-    """A copy of the folder beside it, with each matrix that is kept in the format replaced by what it makes of it."""
+    """A copy of the folder beside it, with each matrix that is kept in a format replaced by what that makes of it."""
     copy = checkpoint.with_name(f"{checkpoint.name}-{weights}")
     shutil.copytree(checkpoint, copy)
-    architecture = ARCHITECTURES[msgspec.json.decode((copy / "config.json").read_bytes())["architectures"][0]]
+    config = msgspec.json.decode((copy / "config.json").read_bytes())
+    architecture = ARCHITECTURES[config["architectures"][0]]
     tensors = load_file(copy / "model.safetensors")
+    head, embedding = (architecture.tensor_name(Parameter(role)) for role in ("head", "embedding"))
+    tensors[head] = _as_kept(tensors.get(head, tensors[embedding]), FORMATS[weights].head)
     for parameter in _kept_in_a_format(checkpoint):
         tensor, packed = tensors[architecture.tensor_name(parameter)], architecture.packed(parameter)
         matrix = packed.part(tensor, parameter.expert or 0) if packed else tensor
-        matrix.copy_(FORMATS[weights].dequantize(FORMATS[weights].quantize(matrix.contiguous())))
+        matrix.copy_(_as_kept(matrix, weights))
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    # The rounded head is no longer the embedding, which is not rounded.
+    (copy / "config.json").write_bytes(msgspec.json.encode(config | {"tie_word_embeddings": False}))
     return copy
+
+
+def _as_kept(matrix: Tensor, weights: str) -> Tensor:
+    return FORMATS[weights].dequantize(FORMATS[weights].quantize(matrix.contiguous())).to(matrix.dtype)
 
 
 def _kept_in_a_format(checkpoint: Path) -> list[Parameter]:

@@ -69,8 +69,7 @@ class Decoder:
         self._embedding = weights.tensor(Parameter("embedding"))  # (V, C)
         self._layers = [_Layer(layer, weights, index) for index, layer in enumerate(spec.layers)]
         self._norm = weights.tensor(Parameter("norm"))  # (C,)
-        head = self._embedding if spec.tied_embeddings else weights.tensor(Parameter("head"))
-        self._head = weights.dense_projection(head)
+        self._head = weights.head(self._embedding if spec.tied_embeddings else weights.tensor(Parameter("head")))
         rotary_size = spec.layers[0].mixer.rotary_size  # one table of angles serves all layers
         self._inverse_frequencies = inverse_frequencies(spec.rope, rotary_size).to(weights.device)  # (D/2,)
 

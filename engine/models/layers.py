@@ -47,8 +47,8 @@ class Projection:
 class Weights:
     """Takes parameters as they are kept and gives them back ready to compute with, in memory of their own.
 
-    The layers' matrices get the weight format `format`; embeddings, the head, routers, norms and biases keep `dtype`:
-    they are small, or read one row at a time, and the model is most sensitive to them.
+    The layers' matrices get the weight format `format`, the head that format's `head`; embeddings, routers, norms and
+    biases keep `dtype`: they are small, or read one row at a time, and the model is most sensitive to them.
     """
 
     tensors: Tensors
@@ -73,6 +73,10 @@ class Weights:
             return self._project(self.format, matrix, bias)
         except ValueError as error:
             raise ModelError(f"{' + '.join(map(str, fused))}: {error}") from error
+
+    def head(self, matrix: Tensor) -> Projection:
+        """The output head (V, C): every step reads all of it, as much as the rest of a small model."""
+        return self._project(FORMATS[self.format].head, matrix, ())
 
     def dense_projection(self, matrix: Tensor, bias: Sequence[Parameter] = ()) -> Projection:
         """The matrix (out, in) in its own dtype, whatever the weight format."""

@@ -14,4 +14,4 @@ def quantize(weight: Tensor) -> Mapping[str, Tensor]:
     return {"weight": weight.to(torch.bfloat16).contiguous()}
 
 
-FORMAT = WeightFormat(bits=16, quantize=quantize, dequantize=dequantize_dense)
+FORMAT = WeightFormat(bits=16, head="bf16", quantize=quantize, dequantize=dequantize_dense)

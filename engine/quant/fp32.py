@@ -14,4 +14,4 @@ def quantize(weight: Tensor) -> Mapping[str, Tensor]:
     return {"weight": weight.to(torch.float32).contiguous()}
 
 
-FORMAT = WeightFormat(bits=32, quantize=quantize, dequantize=dequantize_dense)
+FORMAT = WeightFormat(bits=32, head="fp32", quantize=quantize, dequantize=dequantize_dense)

@@ -24,4 +24,4 @@ def quantize(weight: Tensor) -> Mapping[str, Tensor]:
     return {"q": q, "scale": scale}
 
 
-FORMAT = WeightFormat(bits=8, quantize=quantize, dequantize=dequantize_int8)
+FORMAT = WeightFormat(bits=8, head="int8", quantize=quantize, dequantize=dequantize_int8)
