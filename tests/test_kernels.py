@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ from torch.nn import functional
 from engine.quant import FORMATS
 from kernels import reference
 from kernels.backends import BACKENDS, pick
+from kernels.cpu.native.build import INSTRUCTION_SETS
+from kernels.cpu.native.build import load as load_kernels
 from kernels.ops import AttentionBatch, Ops, SamplingRow
 from tests import triton_interpreter
 
@@ -23,20 +26,36 @@ DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
-def ops(request: pytest.FixtureRequest) -> Ops:
-    return table(request.param)
+# The C++ table once for each of its instruction sets.
+TABLES = [name for name in BACKENDS if name != "cpu"] + [f"cpu-{name}" for name in INSTRUCTION_SETS]
 
 
-@pytest.fixture(params=list(BACKENDS))
-def any_ops(request: pytest.FixtureRequest) -> Ops:
-    return table(request.param)
+@pytest.fixture(params=[name for name in TABLES if name != "reference"])
+def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    with table(request.param) as ops:
+        yield ops
 
 
-def table(name: str) -> Ops:
+@pytest.fixture(params=TABLES)
+def any_ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    with table(request.param) as ops:
+        yield ops
+
+
+@contextmanager
+def table(name: str) -> Iterator[Ops]:
     if name == "triton":
         triton_interpreter.install()
-    return pick("cpu", name)
+    if name in BACKENDS:
+        yield pick("cpu", name)
+        return
+    instruction_set = name.removeprefix("cpu-")
+    there = load_kernels()
+    if instruction_set not in there:
+        pytest.skip(f"this processor has no {instruction_set}")
+    torch.ops.tokenmill_cpu.use_instruction_set(instruction_set)
+    yield pick("cpu", "cpu")
+    torch.ops.tokenmill_cpu.use_instruction_set(there[0])
 
 
 @pytest.fixture(autouse=True)

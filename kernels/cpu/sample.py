@@ -6,7 +6,7 @@ enough to know the answer, more are sorted. Each row's token depends on its own 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,14 @@ from kernels.ops import SamplingRow
 # in 40 the last.
 NUM_CANDIDATES = (64, 1024)
 
+# logits (R, V) -> the largest of each row, NaN if there is one, and the lowest id that has it
+Greatest = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _greatest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    largest, tokens = logits.max(dim=1)
+    return largest, tokens
+
 
 @dataclass(frozen=True)
 class _Candidates:
@@ -31,10 +39,10 @@ class _Candidates:
     are_all: bool  # the whole vocabulary
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def sample(logits: Tensor, rows: Sequence[SamplingRow], greatest: Greatest = _greatest) -> Tensor:
     """As the definition, but that draws within 1e-6 of a boundary between two tokens may fall on its other side."""
     logits = _without_banned(logits, rows)
-    largest, tokens = logits.max(dim=1)  # the lowest id on ties; NaN if there is one
+    largest, tokens = greatest(logits)
     tokens[~largest.isfinite()] = -1
     drawn = [i for i, row in enumerate(rows) if row.temperature > 0 and tokens[i] >= 0]
     if drawn:

@@ -8,7 +8,7 @@ fp32 weights alone go through torch and are as equal as torch makes them.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels.cpu import experts as torch_experts
+from kernels.cpu import sample
 from kernels.cpu.native import packing
 from kernels.cpu.native.build import Unavailable, load
 from kernels.cpu.native.packing import PACK, Packed, PackedExperts
@@ -40,6 +41,7 @@ def ops() -> Ops:
         swiglu=swiglu,
         route=route,
         experts=experts,
+        sample=partial(sample.sample, greatest=calls.greatest.default),
         weights={**cpu.OPS.weights, **{name: WeightKernel(pack, linear, packing.stack) for name, pack in PACK.items()}},
     )
 

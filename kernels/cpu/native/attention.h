@@ -13,8 +13,6 @@ namespace tokenmill::ISA {
 
 constexpr int64_t kTile = 32;  // positions: with 64 numbers of fp32 their keys are 8 KB, their values as much
 
-INLINE int lanes(int64_t n) { return n < 0 ? 0 : n > 16 ? 16 : int(n); }
-
 // One row's state: the largest score yet, the sum of e^(score - largest), and values weighted by it (padded D).
 struct Running {
   float largest, sum;
@@ -25,7 +23,11 @@ inline int64_t attention_floats(const Attention& a) {
   return kAttentionRows * (padded(a.keys.size, 16) + padded(a.values.size, 16));
 }
 
-// Where a tile's keys and values stand.
+INLINE void fetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char*)p + i, _MM_HINT_T0);
+}
+
+// Where the keys and values of a tile's positions stand; they are on their way to the cache.
 template <class T>
 struct Places {
   const T *keys[kTile], *values[kTile];
@@ -33,51 +35,65 @@ struct Places {
 };
 
 template <class T>
-INLINE void find(const Attention& a, const AttentionTask& task, int64_t start, int64_t size, Places<T>& places) {
+INLINE void find(const Attention& a, const AttentionTask& task, int64_t start, int64_t end, Places<T>& places) {
+  const int64_t size = end - start < kTile ? end - start : kTile;
   places.size = size;
-  for (int64_t i = 0; i < size; i++) {
-    const int64_t position = start + i;
+  for (int64_t i = 0; i < kTile; i++) {
+    const int64_t position = start + (i < size ? i : size - 1);  // the last one again, for whole registers
     const int64_t slot = task.blocks[position / a.block_size] * a.block_size + position % a.block_size;
     places.keys[i] = (const T*)a.keys.data + slot * a.keys.slot_stride + task.group * a.keys.group_stride;
     places.values[i] = (const T*)a.values.data + slot * a.values.slot_stride + task.group * a.values.group_stride;
+    fetch(places.keys[i], a.keys.size * sizeof(T));
+    fetch(places.values[i], a.values.size * sizeof(T));
   }
+}
+
+INLINE int lanes(int64_t n) { return n < 0 ? 0 : n > 16 ? 16 : int(n); }
+
+// x in the lanes first .. last of those that begin at `begin`, `others` in all other ones.
+INLINE Floats between(Floats x, int64_t first, int64_t last, int64_t begin, Floats others) {
+  return first_of(others, lanes(first - begin), first_of(x, lanes(last - begin), others));
 }
 
 // scores[i] = query . key of place i, for first <= i < last; minus infinity elsewhere.
 template <class T>
 INLINE void score(const Places<T>& places, int64_t first, int64_t last, const float* query, int64_t size, float* scores) {
-  for (int64_t i = 0; i < kTile; i++) {
-    if (i < first || i >= last) {
-      scores[i] = -INFINITY;
-      continue;
+  for (int64_t begin = 0; begin < kTile; begin += 16) {
+    Floats products[16];
+    for (int i = 0; i < 16; i++) {
+      const T* key = places.keys[begin + i];
+      products[i] = broadcast(0.0f);
+      int64_t d = 0;
+      for (; d + 16 <= size; d += 16) products[i] = fma(load(query + d), load(key + d), products[i]);
+      if (d < size) products[i] = fma(load(query + d), load_first(key + d, int(size - d)), products[i]);
     }
-    Floats total = broadcast(0.0f);
-    for (int64_t d = 0; d < size; d += 16) {
-      total = fma(load(query + d), load_up_to(places.keys[i] + d, size - d), total);
-    }
-    scores[i] = sum(total);
+    store(scores + begin, between(sums(products), first, last, begin, broadcast(-INFINITY)));
   }
 }
 
-// output = output * fade + sum of masses[i] * value of place i. Four registers at a time hide the latency of the sums.
+// output = output * fade + sum of masses[i] * value of place i, for V registers from d on, or for a part of one.
+template <int V, bool is_whole, class T>
+INLINE void add_some(const Places<T>& places, int64_t first, int64_t last, const float* masses, float fade, int64_t d,
+                     int rest, float* output) {
+  Floats totals[V];
+  for (int v = 0; v < V; v++) totals[v] = load(output + d + 16 * v) * broadcast(fade);
+  for (int64_t i = first; i < last; i++) {
+    const Floats mass = broadcast(masses[i]);
+    for (int v = 0; v < V; v++) {
+      const T* value = places.values[i] + d + 16 * v;
+      totals[v] = fma(mass, is_whole ? load(value) : load_first(value, rest), totals[v]);
+    }
+  }
+  for (int v = 0; v < V; v++) store(output + d + 16 * v, totals[v]);
+}
+
 template <class T>
 INLINE void add_values(const Places<T>& places, int64_t first, int64_t last, const float* masses, float fade, int64_t size,
                        float* output) {
-  for (int64_t d = 0; d < size; d += 64) {
-    const int64_t rest = size - d;
-    Floats totals[4];
-    for (int v = 0; v < 4; v++) totals[v] = 16 * v < rest ? load(output + d + 16 * v) * broadcast(fade) : broadcast(0.0f);
-    for (int64_t i = first; i < last; i++) {
-      const Floats mass = broadcast(masses[i]);
-      const T* value = places.values[i] + d;
-      for (int v = 0; v < 4; v++) {
-        if (16 * v < rest) totals[v] = fma(mass, load_up_to(value + 16 * v, rest - 16 * v), totals[v]);
-      }
-    }
-    for (int v = 0; v < 4; v++) {
-      if (16 * v < rest) store(output + d + 16 * v, totals[v]);
-    }
-  }
+  int64_t d = 0;
+  for (; d + 64 <= size; d += 64) add_some<4, true>(places, first, last, masses, fade, d, 16, output);
+  for (; d + 16 <= size; d += 16) add_some<1, true>(places, first, last, masses, fade, d, 16, output);
+  if (d < size) add_some<1, false>(places, first, last, masses, fade, d, int(size - d), output);
 }
 
 // The row has seen the places first .. last more.
@@ -91,10 +107,10 @@ INLINE void see(const Attention& a, const Places<T>& places, int64_t first, int6
   const float largest_now = largest(greatest);
   Floats total = broadcast(0.0f);
   for (int64_t i = 0; i < kTile; i += 16) {
-    Floats mass = exponential(load(scores + i) - broadcast(largest_now));
-    mass = keep_first(mass, lanes(last - i), 0.0f) - keep_first(mass, lanes(first - i), 0.0f);
-    total = total + mass;
-    store(scores + i, mass);
+    const Floats mass = exponential(load(scores + i) - broadcast(largest_now));  // e^-87 at least, so cut off:
+    const Floats some = between(mass, first, last, i, broadcast(0.0f));
+    total = total + some;
+    store(scores + i, some);
   }
   const float fade = expf(running.largest - largest_now);  // 0 at first
   running = {largest_now, running.sum * fade + sum(total)};
@@ -119,9 +135,12 @@ void attend_as(const Attention& a, const AttentionTask& task, float* scratch) {
   }
   const int64_t begin = task.position + token(0) + 1 - a.window;  // of what the first row sees, and below it the tile's
   const int64_t end = task.position + token(num_rows - 1) + 1;    // of what the last row sees
-  Places<T> places;
-  for (int64_t start = begin > 0 ? begin / kTile * kTile : 0; start < end; start += kTile) {
-    find(a, task, start, end - start < kTile ? end - start : kTile, places);
+  Places<T> places, next;
+  int64_t start = begin > 0 ? begin / kTile * kTile : 0;
+  find(a, task, start, end, next);
+  for (; start < end; start += kTile) {
+    places = next;
+    if (start + kTile < end) find(a, task, start + kTile, end, next);
     for (int64_t row = 0; row < num_rows; row++) {
       const int64_t last = task.position + token(row) + 1 - start, first = last > a.window ? last - a.window : 0;
       if (last <= 0 || first >= places.size) continue;

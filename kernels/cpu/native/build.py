@@ -38,8 +38,8 @@ class Unavailable(Exception):
 
 
 @cache
-def load(progress: Callable[[str], None] = _LOG.warning) -> str:
-    """The kernels are in `torch.ops.tokenmill_cpu`; the instruction set that they use here.
+def load(progress: Callable[[str], None] = _LOG.warning) -> list[str]:
+    """The kernels are in `torch.ops.tokenmill_cpu`; the instruction sets that this processor has, the one in use first.
 
     Compiles them if that has not been done, and tells `progress` so. Raises Unavailable where they cannot run or be
     compiled.
@@ -48,10 +48,10 @@ def load(progress: Callable[[str], None] = _LOG.warning) -> str:
         raise Unavailable(f"they are for x86-64, not for {platform.machine()}")
     library = next((path for path in _places() if path.exists()), None) or _build(progress)
     torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    instruction_set: str = torch.ops.tokenmill_cpu.instruction_set()
-    if not instruction_set:
+    instruction_sets: list[str] = torch.ops.tokenmill_cpu.instruction_sets()
+    if not instruction_sets:
         raise Unavailable("this processor has no AVX2")
-    return instruction_set
+    return instruction_sets
 
 
 def _places() -> Iterator[Path]:

@@ -1,4 +1,4 @@
-// What stands between the products: norm, rotation, gate. A row at a time, bound by the bytes of the row.
+// What stands between the products: norm, rotation, gate, and the choice of the likeliest. A row at a time, bound by the bytes of the row.
 #pragma once
 
 #include <math.h>
@@ -7,10 +7,16 @@
 
 namespace tokenmill::ISA {
 
-inline void add_row(const float* a, const float* b, int64_t size, float* y) {
+// The largest of x, or NaN if there is one, which a maximum alone would lose.
+inline float greatest(const float* x, int64_t size) {
+  Floats best = broadcast(-INFINITY);
+  bool is_number = true;
   for (int64_t i = 0; i < size; i += 16) {
-    store_up_to(y + i, load_up_to(a + i, size - i) + load_up_to(b + i, size - i), size - i);
+    const Floats some = size - i >= 16 ? load(x + i) : first_of(load_first(x + i, int(size - i)), int(size - i), best);
+    best = maximum(best, some);
+    is_number &= !any_nan(some);
   }
+  return is_number ? largest(best) : NAN;
 }
 
 // y = x / sqrt(mean x^2 + eps) * weight

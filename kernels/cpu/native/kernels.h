@@ -76,8 +76,8 @@ struct Kernels {
   void (*prepare_row)(Format, const float* x, int64_t in, uint8_t* row);
   void (*swiglu_row)(const float* gate, const float* up, int64_t size, float* y);
   void (*rms_norm_row)(const float* x, const float* weight, int64_t size, float eps, float* y);
-  void (*add_row)(const float* a, const float* b, int64_t size, float* y);
   void (*rotate_row)(const float* x, const float* cos, const float* sin, int64_t half, float* y);
+  float (*greatest)(const float* x, int64_t size);  // NaN if any is
   void (*narrow_row)(const float* x, int64_t size, uint16_t* y);
   void (*multiply)(const Matrix&, int64_t block, const Rows&, const int64_t* chosen, int64_t num_rows, const Product&,
                    int64_t columns);

@@ -22,26 +22,26 @@ using at::Tensor;
 
 struct InstructionSet {
   const char* name;
-  const Kernels* kernels;  // null: none of ours
+  const Kernels* kernels;
 };
 
-InstructionSet find_instruction_set() {
+// The sets that this processor has, the best first.
+std::vector<InstructionSet> find_instruction_sets() {
+  std::vector<InstructionSet> found;
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vnni")) {
-    if (__builtin_cpu_supports("avx512bf16")) return {"avx512_bf16", &kernels_avx512_bf16};
-    return {"avx512", &kernels_avx512};
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back({"avx512_bf16", &kernels_avx512_bf16});
+    found.push_back({"avx512", &kernels_avx512});
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", &kernels_avx2};
-  return {"", nullptr};
-}
-
-const InstructionSet& instruction_set() {
-  static const InstructionSet found = find_instruction_set();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", &kernels_avx2});
   return found;
 }
 
-const Kernels& kernels() { return *instruction_set().kernels; }
+const std::vector<InstructionSet> instruction_sets = find_instruction_sets();
+const Kernels* chosen_kernels = instruction_sets.empty() ? nullptr : instruction_sets.front().kernels;
+
+const Kernels& kernels() { return *chosen_kernels; }
 
 // Rows so cheap that fewer than eight are not worth a second thread, which takes a microsecond to join.
 constexpr int64_t kCheapRows = 8;
@@ -340,12 +340,46 @@ Tensor swiglu(const Tensor& gate_up) {
   return y.to(gate_up.scalar_type());
 }
 
-std::string instruction_set_name() { return instruction_set().name; }
+std::vector<std::string> instruction_set_names() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : instruction_sets) names.push_back(set.name);
+  return names;
+}
+
+// For tests: the best one is in use from the start.
+void use_instruction_set(std::string name) {
+  for (const InstructionSet& set : instruction_sets) {
+    if (set.name == name) {
+      chosen_kernels = set.kernels;
+      return;
+    }
+  }
+  TORCH_CHECK_VALUE(false, "this processor has no ", name);
+}
+
+// ------------------------------------------------------------------------------------------------------------ sampling
+
+// The largest logit of each row and the lowest id that has it; NaN where there is one.
+std::tuple<Tensor, Tensor> greatest(const Tensor& logits) {
+  const Tensor logits32 = floats(logits);
+  const int64_t size = logits.size(1);
+  Tensor values = at::empty({logits.size(0)}, at::kFloat), ids = at::empty({logits.size(0)}, at::kLong);
+  at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const float* row = logits32.const_data_ptr<float>() + r * size;
+      const float value = kernels().greatest(row, size);
+      values.mutable_data_ptr<float>()[r] = value;
+      ids.mutable_data_ptr<int64_t>()[r] = std::isnan(value) ? 0 : std::find(row, row + size, value) - row;
+    }
+  });
+  return {values, ids};
+}
 
 }  // namespace
 
 TORCH_LIBRARY(tokenmill_cpu, library) {
-  library.def("instruction_set() -> str", instruction_set_name);
+  library.def("instruction_sets() -> str[]", instruction_set_names);
+  library.def("use_instruction_set(str name) -> ()", use_instruction_set);
   library.def("linear(Tensor x, Tensor packed, int format, int out) -> Tensor", linear);
   library.def(
       "experts(Tensor x, Tensor weights, Tensor chosen, Tensor gate_up, Tensor down, int format, int size) -> Tensor",
@@ -361,6 +395,7 @@ TORCH_LIBRARY(tokenmill_cpu, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm);
   library.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)", add_rms_norm);
   library.def("swiglu(Tensor gate_up) -> Tensor", swiglu);
+  library.def("greatest(Tensor logits) -> (Tensor, Tensor)", greatest);
 }
 
 }  // namespace tokenmill

@@ -59,11 +59,21 @@ INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c
 INLINE Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 INLINE Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 INLINE Floats absolute(Floats x) { return _mm512_abs_ps(x); }
-INLINE Floats keep_first(Floats x, int n, float otherwise) {
-  return _mm512_mask_mov_ps(broadcast(otherwise), first(n), x);
-}
+INLINE Floats first_of(Floats x, int n, Floats others) { return _mm512_mask_mov_ps(others, first(n), x); }
 INLINE float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 INLINE float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+// Lane i of the result is the sum of x[i]: a tree, which halves the vectors and the lanes that belong together.
+INLINE Floats sums(Floats (&x)[16]) {
+  for (int i = 0; i < 8; i++) x[i] = _mm512_unpacklo_ps(x[i], x[i + 8]) + _mm512_unpackhi_ps(x[i], x[i + 8]);
+  for (int i = 0; i < 4; i++) x[i] = _mm512_unpacklo_ps(x[i], x[i + 4]) + _mm512_unpackhi_ps(x[i], x[i + 4]);
+  for (int i = 0; i < 2; i++) {  // a lane of 128 bits now holds a part of the sums of four vectors
+    x[i] = _mm512_shuffle_f32x4(x[i], x[i + 2], 0x88) + _mm512_shuffle_f32x4(x[i], x[i + 2], 0xdd);
+  }
+  const Floats all = _mm512_shuffle_f32x4(x[0], x[1], 0x88) + _mm512_shuffle_f32x4(x[0], x[1], 0xdd);
+  const Words order = _mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15);
+  return _mm512_permutexvar_ps(order, all);
+}
+INLINE bool any_nan(Floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 INLINE int32_t sum(Words x) { return _mm512_reduce_add_epi32(x); }
 INLINE Words add(Words a, Words b) { return _mm512_add_epi32(a, b); }
 INLINE Words nearest(Floats x) { return _mm512_cvtps_epi32(x); }
@@ -139,10 +149,10 @@ INLINE Floats absolute(Floats x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.low), _mm256_andnot_ps(sign, x.high)};
 }
-INLINE Floats keep_first(Floats x, int n, float otherwise) {
+INLINE Floats first_of(Floats x, int n, Floats others) {
   float lanes[16];
-  store(lanes, x);
-  for (int i = n; i < 16; i++) lanes[i] = otherwise;
+  store(lanes, others);
+  store_first(lanes, x, n);
   return load(lanes);
 }
 INLINE float sum(Floats x) {
@@ -156,6 +166,14 @@ INLINE float largest(Floats x) {
   __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+INLINE bool any_nan(Floats x) {
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.low, x.low, _CMP_UNORD_Q), _mm256_cmp_ps(x.high, x.high, 3)));
+}
+INLINE Floats sums(Floats (&x)[16]) {
+  float lanes[16];
+  for (int i = 0; i < 16; i++) lanes[i] = sum(x[i]);
+  return load(lanes);
 }
 INLINE Words add(Words a, Words b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
 INLINE int32_t sum(Words x) {
