@@ -58,8 +58,19 @@ RUN --mount=type=bind,from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv 
     && if [ -n "${TORCH_INDEX}" ]; then uv pip install --no-deps --default-index "${TORCH_INDEX}" torch; fi \
     && uv pip install --requirement /src/requirements.txt
 
+# The CPU kernels are compiled here, for this torch; the image itself has no compiler.
+FROM dependencies AS kernels
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY kernels kernels
+RUN mkdir -p /opt/tokenmill/share/tokenmill && /opt/tokenmill/bin/python -m kernels.cpu.native
+
 # ------------------------------------------------------------------------------------------------------ what we made
 FROM dependencies AS tokenmill
+COPY --from=kernels /opt/tokenmill/share/tokenmill /opt/tokenmill/share/tokenmill
 RUN --mount=type=bind,from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     --mount=type=bind,from=wheel,source=/dist,target=/dist \
     VIRTUAL_ENV=/opt/tokenmill uv pip install --quiet --no-cache --no-deps /dist/*.whl
