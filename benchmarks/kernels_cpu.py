@@ -143,7 +143,7 @@ def experts_call(
 
     def call_of(ops: Ops) -> Call:
         kernel = ops.weights[name]
-        prepared = [[kernel.prepare(parts) for parts in matrices] for matrices in (gate_up, down)]
+        prepared = [kernel.stack([kernel.prepare(parts) for parts in matrices]) for matrices in (gate_up, down)]
         return lambda i: ops.experts(x, *routed[i], prepared[0], prepared[1], kernel.linear, ops.swiglu)
 
     return call_of

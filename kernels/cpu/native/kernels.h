@@ -31,6 +31,14 @@ struct Rows {
 
 static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t values_bytes(Format format, int64_t in) { return padded(format == Format::bf16 ? 2 * in : in, 64); }
+static inline int64_t block_bytes(Format format, int64_t in) {
+  switch (format) {
+    case Format::bf16: return padded(in, 2) * 2 * kBlock;
+    case Format::int8: return (4 + padded(in, 4)) * kBlock;
+    case Format::int4: return in / kInt4Group * (4 + kInt4Group / 2) * kBlock;
+  }
+  return 0;
+}
 static inline int64_t row_bytes(Format format, int64_t in) {
   const int64_t num_sums = format == Format::int4 ? in / kInt4Group : format == Format::int8 ? 1 : 0;
   return values_bytes(format, in) + padded(4 * (1 + num_sums), 64);

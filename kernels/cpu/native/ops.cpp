@@ -53,6 +53,7 @@ Tensor floats(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
 Matrix matrix(const Tensor& packed, int64_t format, int64_t in, int64_t out) {
   const int64_t num_blocks = packed.size(-2);
   TORCH_CHECK(packed.scalar_type() == at::kByte && packed.is_contiguous(), "a packed matrix is contiguous bytes");
+  TORCH_CHECK(packed.size(-1) == block_bytes(Format(format), in), "the matrix is packed for other inputs than ", in);
   TORCH_CHECK(num_blocks * kBlock >= out && (num_blocks - 1) * kBlock < out, "the matrix is packed for other outputs");
   return {Format(format), packed.const_data_ptr<uint8_t>(), num_blocks, packed.size(-1), in};
 }
@@ -228,6 +229,7 @@ Cache cache_of(const Tensor& cache) {
 void write_cache(const Tensor& x, const Tensor& cache, const Tensor& slots) {
   const Tensor x32 = floats(x);
   const Cache to = cache_of(cache);
+  TORCH_CHECK(x.size(1) == cache.size(2) && x.size(2) == to.size, "keys or values do not fit into the cache");
   const int64_t num_groups = x.size(1), num_slots = cache.size(0) * cache.size(1);
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < x.size(0) * num_groups; i++) {
@@ -272,6 +274,7 @@ Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& val
   const Tensor query32 = floats(query), tables = block_tables.contiguous(), sinks32 = sinks ? floats(*sinks) : Tensor();
   Tensor y = at::empty({query.size(0), query.size(1), value_cache.size(3)}, at::kFloat);
   TORCH_CHECK(key_cache.scalar_type() == value_cache.scalar_type(), "the caches are of two types");
+  TORCH_CHECK(query.size(2) == key_cache.size(3) && query.size(1) % key_cache.size(2) == 0, "the query does not fit the cache");
   const Attention a{
       query32.const_data_ptr<float>(),
       y.mutable_data_ptr<float>(),
