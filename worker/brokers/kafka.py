@@ -18,11 +18,11 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.brokers.base import Membership, Outgoing, Place, Position, RebalanceListener, Record
 from worker.brokers.kafka_client import key_of, record_of, require_topics
-from worker.brokers.kafka_eos import ExactlyOnceProducer, StableConsumer, end_open_transactions
+from worker.brokers.kafka_eos import ExactlyOnceProducer, StableConsumer, broken_by, end_open_transactions
 from worker.brokers.kafka_errors import of_client, of_producer
 from worker.brokers.kafka_sender import GroupMembership
 from worker.brokers.kafka_settings import KafkaSettings, milliseconds
-from worker.errors import Fenced, Misconfigured, TokenmillError
+from worker.errors import Fenced, Misconfigured, OutcomeUnknown, TokenmillError
 
 T = TypeVar("T")
 
@@ -225,6 +225,9 @@ class KafkaBroker:
 
     def _judged(self, error: BaseException) -> TokenmillError:
         judged = of_producer(error, self._settings)
+        if isinstance(judged, OutcomeUnknown) and (first := broken_by(self._producer)):
+            known = of_producer(first, self._settings)
+            judged = known if isinstance(known, Misconfigured) else judged
         if isinstance(judged, Fenced):
             self._consumer.rejoin()  # what the worker lets go of must be dealt out anew, to us or to others
         return judged

@@ -25,6 +25,7 @@ Sender._acks ._retry_backoff ._request_timeout_ms                           like
 BaseHandler.do ._default_backoff; TxnOffsetCommitHandler, EndTxnHandler, SendProduceReqHandler: .create_request
   .handle_response ._can_retry                                              overridden: other versions, other errors
 TransactionManager._pid_and_epoch ._sequence_numbers                        moved on by EndTxn v5
+  ._transaction_waiter                              asked what broke the transaction
   ._pending_txn_offsets                             failed without leaving the state from which abort really aborts
 AIOKafkaConsumer._coordinator                       made stable; asked for positions, generation, a new join
 GroupCoordinator._do_fetch_commit_offsets           overridden: OffsetFetch v7
@@ -81,6 +82,12 @@ class ExactlyOnceProducer(AIOKafkaProducer):
             request_timeout_ms=self._request_timeout_ms,
         )
         await self._sender.start()
+
+
+def broken_by(producer: AIOKafkaProducer) -> BaseException | None:
+    """What broke the producer's transaction first. aiokafka keeps it, and raises others for whatever comes after."""
+    ended = producer._txn_manager._transaction_waiter  # None before the first transaction
+    return ended.exception() if ended and ended.done() and not ended.cancelled() else None
 
 
 class StableConsumer(AIOKafkaConsumer):

@@ -125,7 +125,7 @@ def _limit(error: BaseException, settings: KafkaSettings) -> Misconfigured | Non
 
 def _named(error: BaseException) -> str:
     names = error.args[0] if error.args else "(not named by the broker)"
-    return ", ".join(sorted(names)) if isinstance(names, set | frozenset) else repr(names)
+    return ", ".join(map(repr, sorted(names))) if isinstance(names, set | frozenset) else repr(names)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
