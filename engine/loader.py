@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,12 +34,20 @@ CONFIG_BYTES_MAX = 1 << 20  # the longest published one, with a thousand labels,
 INDEX_BYTES_MAX = 64 << 20  # a name of 70 characters for each of half a million tensors
 SHARDS_MAX = 1024  # the largest published checkpoints have 200; each holds a file open while we read
 
-BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # what we read, by safetensors' names
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what we read, by safetensors' names
 RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that Llama checkpoints of 2023 carry along
 
 
 class _Index(Struct):
     weight_map: dict[str, str]  # tensor name -> file
+
+
+class _Entry(Struct):
+    """Where a file's header says that a tensor is; of the header's `__metadata__` nothing is left."""
+
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    data_offsets: tuple[int, int] = (0, 0)
 
 
 def load(
@@ -90,9 +99,9 @@ def _read_config(path: Path) -> tuple[Architecture, ModelSpec]:
 class Checkpoint:
     """The tensors of open shards, under our names: the decoder's `Tensors`."""
 
-    def __init__(self, architecture: Architecture, shards: Sequence[Any], progress: Progress | None) -> None:
+    def __init__(self, architecture: Architecture, shards: Sequence["_Shard"], progress: Progress | None) -> None:
         self._architecture = architecture
-        self._shards = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118  # not a mapping
+        self._shards = {name: shard for shard in shards for name in shard.entries}
         self._progress = progress
         self._bytes_total = self._bytes_done = 0
 
@@ -121,22 +130,51 @@ class Checkpoint:
         """What one number of the tensor takes, once the tensor is known to be as it should."""
         if name not in self._shards:
             raise ModelError(f"tensor {name} is missing: the download may be incomplete")
-        there = self._shards[name].get_slice(name)
-        if tuple(there.get_shape()) != shape:
-            raise ModelError(f"tensor {name} has the shape {tuple(there.get_shape())}, config.json makes it {shape}")
-        if there.get_dtype() not in BYTES:
-            raise ModelError(f"tensor {name} is of type {there.get_dtype()}, not one of {', '.join(BYTES)}")
-        return BYTES[there.get_dtype()]
+        there = self._shards[name].entries[name]
+        if there.shape != shape:
+            raise ModelError(f"tensor {name} has the shape {there.shape}, config.json makes it {shape}")
+        if there.dtype not in DTYPES:
+            raise ModelError(f"tensor {name} is of type {there.dtype}, not one of {', '.join(DTYPES)}")
+        return DTYPES[there.dtype].itemsize
 
     def take(self, parameter: Parameter) -> Tensor:
-        """The tensor as the file has it: a view of the mapped file, to be copied before the shards are closed."""
+        """The tensor as the file has it, in memory of its own. Raises ModelError where the file ends too early."""
         name, packed = self._architecture.tensor_name(parameter), self._architecture.packed(parameter)
-        tensor: Tensor = self._shards[name].get_tensor(name)
         if packed and parameter.expert is not None:
-            tensor = packed.part(tensor, parameter.expert)
+            tensor = packed.part(self._shards[name].read_one(name, parameter.expert))
+        else:
+            tensor = self._shards[name].read(name)
         self._bytes_done += tensor.nbytes
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)
+        return tensor
+
+
+class _Shard:
+    """One file of tensors, read piece by piece into memory: what is mapped would be held until the last is done."""
+
+    def __init__(self, file: BufferedReader) -> None:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = msgspec.json.decode(file.read(header_bytes), type=dict[str, _Entry])
+        self.entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        self._file = file
+        self._start = 8 + header_bytes
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        entry = self.entries[name]
+        return self._read(entry, entry.shape, 0)
+
+    def read_one(self, name: str, index: int) -> Tensor:
+        """`tensor[index]`, and no more of it."""
+        entry = self.entries[name]
+        return self._read(entry, entry.shape[1:], index)
+
+    def _read(self, entry: _Entry, shape: tuple[int, ...], index: int) -> Tensor:
+        tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
+        self._file.seek(self._start + entry.data_offsets[0] + index * tensor.nbytes)
+        if self._file.readinto(tensor.view(torch.uint8).numpy().data) != tensor.nbytes:
+            raise ModelError(f"{self._file.name} has become shorter while it was read")
         return tensor
 
 
@@ -155,16 +193,17 @@ def _shard_files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _open_shard(file: Path) -> Iterator[Any]:
+def _open_shard(file: Path) -> Iterator[_Shard]:
     """The file open and its header checked: its tensors neither overlap nor reach beyond the file."""
     if not file.is_file():
         raise ModelError(f"{file} is missing: only safetensors are read, and the download may be incomplete")
     try:
-        shard = safe_open(file, framework="pt")
+        with safe_open(file, framework="pt"):
+            pass  # the check is all we want of it
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: {error}") from error
-    with shard:
-        yield shard
+    with file.open("rb") as opened:
+        yield _Shard(opened)
 
 
 def _read_json(file: Path, kind: type[T], bytes_max: int) -> T:

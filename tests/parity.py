@@ -122,7 +122,7 @@ def rounded(checkpoint: Path, weights: str) -> Path:
     tensors[head] = _as_kept(tensors.get(head, tensors[embedding]), FORMATS[weights].head)
     for parameter in _kept_in_a_format(checkpoint):
         tensor, packed = tensors[architecture.tensor_name(parameter)], architecture.packed(parameter)
-        matrix = packed.part(tensor, parameter.expert or 0) if packed else tensor
+        matrix = packed.part(tensor[parameter.expert]) if packed else tensor
         matrix.copy_(_as_kept(matrix, weights))
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     # The rounded head is no longer the embedding, which is not rounded.

@@ -1,6 +1,7 @@
 """A folder is loaded whole and unharmed, or refused by name."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Mapping
@@ -68,6 +69,18 @@ class TestFolders:
         assert heard == sorted(heard)
         assert heard[-1] == (total, total)
 
+    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone tells what is mapped")
+    def test_no_file_is_mapped_while_it_is_read(self, llama: Path) -> None:
+        """Mapped pages count as ours: with them, loading took up to 3.4 times the weights."""
+        mapped: list[bool] = []
+
+        def progress(_done: int, _total: int) -> None:
+            mapped.append(str(llama) in Path("/proc/self/maps").read_text())
+
+        load(llama, OPS, weights="int8", dtype=torch.float32, progress=progress)
+        assert mapped
+        assert not any(mapped)
+
     def test_the_model_outlives_its_folder(self, llama: Path) -> None:
         """Its weights are copies: a file cut short under a running model would kill the process."""
         model = _load(llama)
@@ -111,6 +124,15 @@ class TestDamagedFolders:
     def test_a_tensor_that_is_no_float_is_named(self, llama: Path) -> None:
         _rewrite(llama, {GATE: torch.zeros(96, 64, dtype=torch.int8)})
         _refused(llama, f"{GATE}.*I8")
+
+    def test_a_file_that_shrinks_while_it_is_read_is_named(self, llama: Path) -> None:
+        file = llama / "model.safetensors"
+
+        def shrink(_done: int, _total: int) -> None:
+            os.truncate(file, 5000)
+
+        with pytest.raises(ModelError, match=r"model.safetensors has become shorter"):
+            load(llama, OPS, weights="fp32", dtype=torch.float32, progress=shrink)
 
     def test_a_missing_file_is_named(self, llama: Path) -> None:
         (llama / "model.safetensors").unlink()

@@ -24,9 +24,9 @@ class Packed:
         out, *rest = parameter
         return (num_experts, *rest, out * self.step)
 
-    def part(self, tensor: Tensor, expert: int) -> Tensor:
-        """The expert's parameter, a view."""
-        return tensor[expert].t()[self.start :: self.step]
+    def part(self, of_expert: Tensor) -> Tensor:
+        """The parameter in the expert's share of the tensor, a view."""
+        return of_expert.t()[self.start :: self.step]
 
 
 LAYER = "model.layers.{layer}"
