@@ -92,8 +92,18 @@ LABEL org.opencontainers.image.title="tokenmill" \
       org.opencontainers.image.description="LLM requests from Kafka, completions and their bill exactly once" \
       org.opencontainers.image.licenses="Apache-2.0"
 
+# Triton compiles each kernel's launcher, some lines of C, when the kernel is first used, and keeps both in its cache.
 FROM tokenmill AS cuda
-ENV TOKENMILL_ENGINE_DEVICE=cuda NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && install --directory --owner tokenmill --group tokenmill /var/cache/kernels
+USER 10001:10001
+ENV TOKENMILL_ENGINE_DEVICE=cuda NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TRITON_CACHE_DIR=/var/cache/kernels \
+    TRITON_DEFAULT_FP_FUSION=1
 
 FROM tokenmill AS cpu
 ENV TOKENMILL_ENGINE_DEVICE=cpu

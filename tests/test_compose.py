@@ -71,8 +71,9 @@ def test_no_service_has_more_than_it_needs(services: Mapping[str, Mapping[str, A
 
 
 def test_the_image_does_not_run_as_root() -> None:
-    users = re.findall(r"^USER (.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert users == ["10001:10001"]
+    stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    users = [re.findall(r"^USER (.*)$", stage, re.MULTILINE) for stage in stages]
+    assert [stage[-1] for stage in users if stage] == ["10001:10001"] * 2  # the image, and cuda, which installs as root
 
 
 def test_a_worker_is_given_the_time_to_drain(services: Mapping[str, Mapping[str, Any]]) -> None:

@@ -202,6 +202,12 @@ def test_the_cases_are_of_every_regime() -> None:
     assert min(splits) == 1 < max(splits)
 
 
+def test_stacked_matrices_are_a_sequence_of_themselves() -> None:
+    values = torch.randn(3, 8, 16)
+    each = list(Matrices("bf16", values, values, 8, 16))
+    assert [torch.equal(one.values[0], matrix) for one, matrix in zip(each, values, strict=True)] == [True] * 3
+
+
 def test_experts_that_nobody_chose_are_not_read() -> None:
     values = torch.full((4, 128, 64), torch.nan, dtype=torch.bfloat16)
     values[2] = torch.randn(128, 64)

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionBatch
-from kernels.triton import attention, elementwise, products
+from kernels.ops import AttentionBatch, SamplingRow
+from kernels.triton import attention, elementwise, products, sample
 from kernels.triton.weights import Matrices
 
 
@@ -110,6 +110,11 @@ def multiply(format: str, num_tokens: int, num_out: int, num_in: int) -> None:
     products.linear(tensor(num_tokens, num_in), matrices(format, 1, num_out, num_in))
 
 
+def choose(vocab_size: int) -> None:
+    row = SamplingRow(temperature=1.0, top_k=20, top_p=0.9, min_p=0.0, uniform=0.5)
+    sample.sample(tensor(2, vocab_size, dtype=torch.float32), [row, row])
+
+
 LAUNCHES: Mapping[str, Callable[[], None]] = {
     "norms, Qwen3-30B-A3B": partial(norms, 2048),
     "norms, GPT-OSS": partial(norms, 2880),
@@ -133,6 +138,7 @@ LAUNCHES: Mapping[str, Callable[[], None]] = {
     "int8 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int8", 512),
     "bf16 experts of 8 tokens, DeepSeek-V2-Lite": partial(mix, V2_LITE_EXPERTS, "bf16", 8),
     "bf16 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "bf16", 512),
+    "sample, Qwen3-30B-A3B": partial(choose, 151_936),
     "int4 matrix, 1 token": partial(multiply, "int4", 1, 5120, 2048),
     "int4 matrix, 512 tokens": partial(multiply, "int4", 512, 5120, 2048),
     "int8 matrix, 512 tokens": partial(multiply, "int8", 512, 5120, 2048),

@@ -8,7 +8,7 @@ import dataclasses
 
 from kernels import reference
 from kernels.ops import WeightKernel
-from kernels.triton import attention, elementwise, products, weights
+from kernels.triton import attention, elementwise, products, sample, weights
 
 OPS = dataclasses.replace(
     reference.OPS,
@@ -20,6 +20,7 @@ OPS = dataclasses.replace(
     swiglu=elementwise.swiglu,
     attention=attention.attention,
     experts=products.experts,
+    sample=sample.sample,
     weights={
         "fp32": reference.OPS.weights["fp32"],
         "bf16": WeightKernel(weights.prepare_bf16, products.linear_bf16, weights.stack),

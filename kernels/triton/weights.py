@@ -39,7 +39,7 @@ class Matrices(Sequence["Matrices"]):
         return len(self.values)
 
     def __getitem__(self, index: int | slice) -> "Matrices":
-        part = index if isinstance(index, slice) else slice(index, index + 1)
+        part = index if isinstance(index, slice) else slice(range(len(self))[index], range(len(self))[index] + 1)
         return Matrices(self.format, self.values[part], self.scales[part], self.num_out, self.num_in)
 
     @property
