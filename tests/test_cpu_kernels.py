@@ -64,6 +64,13 @@ def test_without_a_compiler_the_reason_names_it_and_its_remedy(
         build._build(lambda _: None)
 
 
+def test_a_library_that_cannot_be_loaded_is_named(places: list[Path]) -> None:
+    places[0].parent.mkdir()
+    places[0].write_bytes(b"spoilt")
+    with pytest.raises(Unavailable, match=r"environment/kernels\.so cannot be loaded"):
+        build.load.__wrapped__()
+
+
 def test_another_torch_or_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fingerprint = build._fingerprint.__wrapped__
     ours = fingerprint()

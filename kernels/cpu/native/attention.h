@@ -1,4 +1,4 @@
-// Causal attention over the block cache, by tiles of positions with a running softmax (FlashAttention, arXiv 2205.14135).
+// Causal attention over the block cache, by tiles of positions with a running softmax (as in arXiv 2205.14135).
 //
 // Bound: with one token a sequence by the bytes of its keys and values, read once for all heads that share them. Tiles
 // begin at position 0 whatever was computed before, so a token's result is the same in a prefill and in a decode.
@@ -13,7 +13,7 @@ namespace tokenmill::ISA {
 
 constexpr int64_t kTile = 32;  // positions: with 64 numbers of fp32 their keys are 8 KB, their values as much
 
-// One row's state: the largest score yet, the sum of e^(score - largest), and values weighted by it (padded D).
+// One row's state beside its output: the largest score yet, and the sum of e^(score - largest).
 struct Running {
   float largest, sum;
 };
@@ -57,7 +57,8 @@ INLINE Floats between(Floats x, int64_t first, int64_t last, int64_t begin, Floa
 
 // scores[i] = query . key of place i, for first <= i < last; minus infinity elsewhere.
 template <class T>
-INLINE void score(const Places<T>& places, int64_t first, int64_t last, const float* query, int64_t size, float* scores) {
+INLINE void score(const Places<T>& places, int64_t first, int64_t last, const float* query, int64_t size,
+                  float* scores) {
   for (int64_t begin = 0; begin < kTile; begin += 16) {
     Floats products[16];
     for (int i = 0; i < 16; i++) {
@@ -88,8 +89,8 @@ INLINE void add_some(const Places<T>& places, int64_t first, int64_t last, const
 }
 
 template <class T>
-INLINE void add_values(const Places<T>& places, int64_t first, int64_t last, const float* masses, float fade, int64_t size,
-                       float* output) {
+INLINE void add_values(const Places<T>& places, int64_t first, int64_t last, const float* masses, float fade,
+                       int64_t size, float* output) {
   int64_t d = 0;
   for (; d + 64 <= size; d += 64) add_some<4, true>(places, first, last, masses, fade, d, 16, output);
   for (; d + 16 <= size; d += 16) add_some<1, true>(places, first, last, masses, fade, d, 16, output);

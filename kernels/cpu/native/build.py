@@ -1,9 +1,9 @@
 """Compiles the C++ kernels and loads them into torch: `python -m kernels.cpu.native`, and at first use.
 
-Owns where the library is kept: in the Python environment where that can be written, else in the
-user's cache. Its name holds a hash of the sources, the flags and torch's version, so what is found always fits. The
-compiler is called by ourselves, with torch's paths: `torch.utils.cpp_extension.load` knows one set of flags for all
-sources, needs ninja, and waits for ever for the lock of a build that was killed.
+Owns where the library is kept: in the Python environment where that can be written, else in the user's cache. Its name
+holds a hash of the sources, the flags and torch's version, so what is found always fits. The compiler is called by
+ourselves, with torch's paths: `torch.utils.cpp_extension.load` knows one set of flags for all sources, needs ninja, and
+waits for ever for the lock of a build that was killed.
 """
 
 import hashlib
@@ -47,7 +47,10 @@ def load(progress: Callable[[str], None] = _LOG.warning) -> list[str]:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise Unavailable(f"they are for x86-64, not for {platform.machine()}")
     library = next((path for path in _places() if path.exists()), None) or _build(progress)
-    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    try:
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    except OSError as error:  # spoilt, or of another C library
+        raise Unavailable(f"{library} cannot be loaded: {error}; delete it to have it made anew") from error
     instruction_sets: list[str] = torch.ops.tokenmill_cpu.instruction_sets()
     if not instruction_sets:
         raise Unavailable("this processor has no AVX2")

@@ -1,4 +1,5 @@
-// What stands between the products: norm, rotation, gate, and the choice of the likeliest. A row at a time, bound by the bytes of the row.
+// What stands between the products: norm, rotation, gate, and the choice of the likeliest. A row at a time, bound by
+// the bytes of the row.
 #pragma once
 
 #include <math.h>

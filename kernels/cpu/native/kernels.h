@@ -30,7 +30,9 @@ struct Rows {
 };
 
 static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-static inline int64_t values_bytes(Format format, int64_t in) { return padded(format == Format::bf16 ? 2 * in : in, 64); }
+static inline int64_t values_bytes(Format format, int64_t in) {
+  return padded(format == Format::bf16 ? 2 * in : in, 64);
+}
 static inline int64_t block_bytes(Format format, int64_t in) {
   switch (format) {
     case Format::bf16: return padded(in, 2) * 2 * kBlock;

@@ -1,7 +1,8 @@
 // Multiplying rows of activations by blocks of a packed matrix, and preparing the rows.
 //
-// Bound: with few rows by the bytes of the weights, each read once; with many by dot products. A tile is up to kTileRows
-// rows times as many vectors of 16 output features as the registers hold; the tiles of a block find it in the cache.
+// Bound: with few rows by the bytes of the weights, each read once; with many by dot products. A tile is up to
+// kTileRows rows times as many vectors of 16 output features as the registers hold; the tiles of a block find it in the
+// cache.
 #pragma once
 
 #include <utility>
@@ -67,7 +68,8 @@ struct Int8 {
   static constexpr int kVectors = vectors<M>(1);
 
   template <int M, int V>
-  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M], float* out) {
+  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
+                              float* out) {
     Columns<Words, M, V> sums;
     unroll<V>(FOR(v) { unroll<M>(FOR(m) { sums.template at<v>()[m] = broadcast(int32_t(0)); }); });
     const uint8_t* w = block + 4 * kBlock + 64 * first;
@@ -94,15 +96,17 @@ struct Int8 {
 
 // ---------------------------------------------------------------------------------------------------------------- int4
 //
-// A block: for each group of 32 inputs 64 scales and 64 zeros in bf16, then for each eight inputs 64 features x 4 bytes,
-// the first four inputs in the low nibbles. y = scale_x sum over groups of (scale_w (sum q x - 8 sum x) + zero sum x).
+// A block: for each group of 32 inputs 64 scales and 64 zeros in bf16, then for each eight inputs 64 features x 4
+// bytes, the first four inputs in the low nibbles. For each group
+// scale_w (sum q x - 8 sum x) + zero sum x; y = scale_x times their sum.
 
 struct Int4 {
   template <int M>
   static constexpr int kVectors = vectors<M>(2);
 
   template <int M, int V>
-  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M], float* out) {
+  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
+                              float* out) {
     constexpr int64_t kGroupBytes = 4 * kBlock + kInt4Group / 2 * kBlock;
     const int64_t values = values_bytes(Format::int4, in);
     Columns<Floats, M, V> totals;
@@ -154,7 +158,8 @@ struct Bf16 {
   static constexpr int kVectors = vectors<M>(1);
 
   template <int M, int V>
-  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M], float* out) {
+  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
+                              float* out) {
     Columns<Floats, M, V> totals;
     unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
     const uint8_t* w = block + 64 * first;
@@ -170,7 +175,7 @@ struct Bf16 {
   }
 };
 
-// ------------------------------------------------------------------------------------------------------------ the whole
+// ----------------------------------------------------------------------------------------------------------- the whole
 
 // out (M, 64) = M rows times one block.
 template <class F, int M>

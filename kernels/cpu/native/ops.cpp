@@ -87,7 +87,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t format, int64_t out
   const Product product{y.mutable_data_ptr<float>(), out, nullptr, nullptr};
   at::parallel_for(0, weight.num_blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) {
-      kernels().multiply(weight, block, prepared.rows, nullptr, num_rows, product, std::min(kBlock, out - block * kBlock));
+      kernels().multiply(weight, block, prepared.rows, nullptr, num_rows, product,
+                         std::min(kBlock, out - block * kBlock));
     }
   });
   return y.to(x.scalar_type());
@@ -197,7 +198,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t num_chosen, std::
                     "' is not one of \"softmax\", \"sigmoid\", \"unit\"");
   const Tensor logits32 = floats(logits);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
-  Tensor weights = at::empty({num_tokens, num_chosen}, at::kFloat), chosen = at::empty({num_tokens, num_chosen}, at::kLong);
+  Tensor weights = at::empty({num_tokens, num_chosen}, at::kFloat);
+  Tensor chosen = at::empty({num_tokens, num_chosen}, at::kLong);
   float* weight = weights.mutable_data_ptr<float>();
   int64_t* expert = chosen.mutable_data_ptr<int64_t>();
   for (int64_t t = 0; t < num_tokens; t++, weight += num_chosen, expert += num_chosen) {
@@ -209,7 +211,9 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t num_chosen, std::
     }
     for (int64_t k = 0; k < num_chosen; k++) {
       const float x = row[expert[k]];
-      weight[k] = score == "softmax" ? std::exp(x - row[expert[0]]) / all : score == "sigmoid" ? 1 / (1 + std::exp(-x)) : 1;
+      weight[k] = score == "softmax"   ? std::exp(x - row[expert[0]]) / all
+                  : score == "sigmoid" ? 1 / (1 + std::exp(-x))
+                                       : 1;
       kept += weight[k];
     }
     for (int64_t k = 0; k < num_chosen; k++) weight[k] = float(scale) * (renormalise ? weight[k] / kept : weight[k]);
@@ -222,7 +226,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t num_chosen, std::
 // A cache (N, B, G, size) of which blocks follow on blocks, whatever lies between two slots.
 Cache cache_of(const Tensor& cache) {
   TORCH_CHECK(cache.stride(3) == 1 && cache.stride(0) == cache.size(1) * cache.stride(1), "the cache has gaps");
-  TORCH_CHECK(cache.scalar_type() == at::kFloat || cache.scalar_type() == at::kBFloat16, "the cache is not fp32 or bf16");
+  TORCH_CHECK(cache.scalar_type() == at::kFloat || cache.scalar_type() == at::kBFloat16, "not an fp32 or bf16 cache");
   return {cache.const_data_ptr(), cache.size(3), cache.stride(1), cache.stride(2)};
 }
 
@@ -260,8 +264,8 @@ std::vector<AttentionTask> attention_tasks(const Attention& a, const Tensor& tab
     TORCH_CHECK(lengths[s] <= tables.size(1) * a.block_size, "sequence ", s, " is longer than its block table");
     for (int64_t group = 0; group < a.num_groups; group++) {
       for (int64_t first = 0; first < num_rows; first += kAttentionRows) {
-        tasks.push_back({tables.const_data_ptr<int64_t>() + s * tables.size(1), starts[s], lengths[s] - num_queries, group,
-                         first, std::min(first + kAttentionRows, num_rows)});
+        tasks.push_back({tables.const_data_ptr<int64_t>() + s * tables.size(1), starts[s], lengths[s] - num_queries,
+                         group, first, std::min(first + kAttentionRows, num_rows)});
       }
     }
   }
@@ -269,12 +273,13 @@ std::vector<AttentionTask> attention_tasks(const Attention& a, const Tensor& tab
 }
 
 Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
-                 at::IntArrayRef query_starts, at::IntArrayRef context_lens, double scale, std::optional<int64_t> window,
-                 const std::optional<Tensor>& sinks) {
+                 at::IntArrayRef query_starts, at::IntArrayRef context_lens, double scale,
+                 std::optional<int64_t> window, const std::optional<Tensor>& sinks) {
   const Tensor query32 = floats(query), tables = block_tables.contiguous(), sinks32 = sinks ? floats(*sinks) : Tensor();
   Tensor y = at::empty({query.size(0), query.size(1), value_cache.size(3)}, at::kFloat);
   TORCH_CHECK(key_cache.scalar_type() == value_cache.scalar_type(), "the caches are of two types");
-  TORCH_CHECK(query.size(2) == key_cache.size(3) && query.size(1) % key_cache.size(2) == 0, "the query does not fit the cache");
+  TORCH_CHECK(query.size(2) == key_cache.size(3) && query.size(1) % key_cache.size(2) == 0,
+              "the query does not fit the cache");
   const Attention a{
       query32.const_data_ptr<float>(),
       y.mutable_data_ptr<float>(),
@@ -387,7 +392,8 @@ TORCH_LIBRARY(tokenmill_cpu, library) {
   library.def(
       "experts(Tensor x, Tensor weights, Tensor chosen, Tensor gate_up, Tensor down, int format, int size) -> Tensor",
       experts);
-  library.def("route(Tensor logits, int num_chosen, str score, bool renormalise, float scale) -> (Tensor, Tensor)", route);
+  library.def("route(Tensor logits, int num_chosen, str score, bool renormalise, float scale) -> (Tensor, Tensor)",
+              route);
   library.def(
       "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()", write_kv);
   library.def(
