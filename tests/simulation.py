@@ -236,10 +236,11 @@ class Simulation:
             await asyncio.sleep(0.05)
 
     async def dismiss(self) -> None:
-        """All workers that live leave on purpose."""
+        """All workers that live leave on purpose; what dead ones left open times out."""
         for worker in self.workers:
             worker.drain.ask()
         await asyncio.gather(*(worker.died.wait() for worker in self.workers if not worker.broker.is_dead))
+        self.cluster.time_out()
 
     def completions(self) -> list[Completion]:
         return [decode_result(Completion, value(record)) for record in self.cluster.committed(TOPICS.completions)]

@@ -61,6 +61,7 @@ class MemoryBroker:
         self._is_holding = False
         self._epoch = 0
         self.gone = asyncio.Event()  # the group no longer waits for us
+        self._in_callback = asyncio.Lock()  # one at a time, however late: a member makes them on one task
         self.strays: set[asyncio.Task[None]] = set()  # calls of the group that it no longer waits for
 
     async def start(self, topics: Sequence[str], listener: RebalanceListener) -> None:
@@ -84,6 +85,7 @@ class MemoryBroker:
                 raise self._failure
             if self._must_rejoin or not self.group.has(self):
                 self._must_rejoin = False
+                await self.revoke()  # before it asks to join, as every Kafka client does
                 await self.group.join(self)
             if not (records := self._read(places, num_max)):
                 with suppress(TimeoutError):
@@ -165,16 +167,18 @@ class MemoryBroker:
 
     async def revoke(self) -> None:
         """Called by the group: the partitions are in doubt."""
-        if self._is_holding:
-            self._is_holding = False
-            await self._kept(self._listener.revoked())
-        self._held.clear()
+        async with self._in_callback:
+            if self._is_holding:
+                self._is_holding = False
+                await self._kept(self._listener.revoked())
+            self._held.clear()
 
     async def assign(self, places: Sequence[Place], membership: Membership) -> None:
         """Called by the group: these are ours."""
-        self._held = dict.fromkeys(places, 0)
-        self._is_holding = True
-        await self._kept(self._listener.assigned(places, membership))
+        async with self._in_callback:
+            self._held = dict.fromkeys(places, 0)
+            self._is_holding = True
+            await self._kept(self._listener.assigned(places, membership))
 
     @asynccontextmanager
     async def _port(self, call: str, *, in_transaction: bool = False) -> AsyncIterator[None]:

@@ -96,6 +96,12 @@ class MemoryCluster:
         producer.epoch, producer.transaction, producer.owner = producer.epoch + 1, None, owner
         return producer.epoch
 
+    def time_out(self) -> None:
+        """The transactions that are open now have been for too long: they are over, and their producers fenced."""
+        for transactional_id, producer in self.producers.items():
+            if producer.transaction:
+                self.open_producer(transactional_id, None)
+
     def wake(self) -> None:
         """Whoever waits for a change looks again."""
         self._changed.set()
