@@ -147,7 +147,7 @@ CASES = {
     "tiles of 16": Case(20),
     "tiles of 32": Case(60, num_experts=3),
     "tiles of 64": Case(100, num_experts=2),
-    "tiles of 128, in groups": Case(200, num_experts=3, num_chosen=2),
+    "tiles of 128, in groups": Case(300, num_experts=3, num_chosen=2),
     "an expert nobody chose": Case(3, num_experts=30, num_chosen=3),
     "outputs that no tile divides": Case(20, num_experts=3, num_chosen=2, hidden=96, intermediate=160),
     "inputs in many pieces, split": Case(5, num_experts=2, intermediate=1024),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, SamplingRow
-from kernels.triton import attention, elementwise, products, sample
+from kernels.triton import attention, elementwise, products, route, sample
 from kernels.triton.weights import Matrices
 
 
@@ -115,7 +115,7 @@ def choose(vocab_size: int) -> None:
     sample.sample(tensor(2, vocab_size, dtype=torch.float32), [row, row])
 
 
-LAUNCHES: Mapping[str, Callable[[], None]] = {
+LAUNCHES: Mapping[str, Callable[[], object]] = {
     "norms, Qwen3-30B-A3B": partial(norms, 2048),
     "norms, GPT-OSS": partial(norms, 2880),
     "rotate and write, Qwen3-30B-A3B": partial(before_attention, 32, 4, 128),
@@ -138,6 +138,7 @@ LAUNCHES: Mapping[str, Callable[[], None]] = {
     "int8 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int8", 512),
     "bf16 experts of 8 tokens, DeepSeek-V2-Lite": partial(mix, V2_LITE_EXPERTS, "bf16", 8),
     "bf16 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "bf16", 512),
+    "route, Qwen3-30B-A3B": partial(route.route, tensor(8, 128), 8, "softmax", True),
     "sample, Qwen3-30B-A3B": partial(choose, 151_936),
     "int4 matrix, 1 token": partial(multiply, "int4", 1, 5120, 2048),
     "int4 matrix, 512 tokens": partial(multiply, "int4", 512, 5120, 2048),

@@ -8,7 +8,7 @@ import dataclasses
 
 from kernels import reference
 from kernels.ops import WeightKernel
-from kernels.triton import attention, elementwise, products, sample, weights
+from kernels.triton import attention, elementwise, products, route, sample, weights
 
 OPS = dataclasses.replace(
     reference.OPS,
@@ -19,6 +19,7 @@ OPS = dataclasses.replace(
     write_kv=elementwise.write_kv,
     swiglu=elementwise.swiglu,
     attention=attention.attention,
+    route=route.route,
     experts=products.experts,
     sample=sample.sample,
     weights={

@@ -1,0 +1,89 @@
+"""Choosing experts: one program a token, which holds all its logits in registers and takes the largest K times.
+
+Bound by its launch: 4 T E bytes are read, and 12 T K written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import reference
+
+SCORES = ("softmax", "sigmoid", "unit")
+
+
+def route(
+    logits: Tensor,
+    num_chosen: int,
+    score: str,
+    renormalise: bool,
+    scale: float = 1.0,
+    num_groups: int = 1,
+    groups_chosen: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """As the definition, which serves experts in groups."""
+    if num_groups > 1 or score not in SCORES:
+        return reference.route(logits, num_chosen, score, renormalise, scale, num_groups, groups_chosen)
+    num_tokens, num_experts = logits.shape
+    weights = torch.empty(num_tokens, num_chosen, dtype=torch.float32, device=logits.device)
+    experts = torch.empty(num_tokens, num_chosen, dtype=torch.int64, device=logits.device)
+    if num_tokens:
+        _route[num_tokens,](
+            logits,
+            weights,
+            experts,
+            logits.stride(0),
+            num_experts,
+            scale,
+            SCORE=score,
+            RENORMALISE=renormalise,
+            CHOSEN=num_chosen,
+            PLACES=triton.next_power_of_2(num_chosen),
+            EXPERTS=triton.next_power_of_2(num_experts),
+            num_warps=1,
+        )
+    return weights, experts
+
+
+@triton.jit
+def _route(
+    logits,
+    weights,
+    experts,
+    stride,
+    num_experts,
+    scale,
+    SCORE: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    PLACES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS)
+    there = expert < num_experts
+    logit = tl.load(logits + token * stride + expert, mask=there, other=float("-inf")).to(tl.float32)
+    if SCORE == "softmax":
+        mass = tl.exp(logit - tl.max(logit, 0))
+        scores = mass / tl.sum(mass, 0)
+    elif SCORE == "sigmoid":
+        scores = tl.sigmoid(logit)
+    else:
+        scores = tl.full((EXPERTS,), 1.0, tl.float32)
+    place = tl.arange(0, PLACES)
+    chosen = tl.zeros((PLACES,), tl.int32)
+    weight = tl.zeros((PLACES,), tl.float32)
+    left = there  # not chosen yet
+    for choice in tl.static_range(CHOSEN):
+        largest = tl.max(tl.where(left, logit, float("-inf")), 0)
+        first = tl.min(tl.where(left & (logit == largest), expert, EXPERTS), 0)  # the lower expert on ties
+        first = tl.minimum(first, num_experts - 1)  # where logits are NaN: some expert that there is
+        left &= expert != first
+        chosen = tl.where(place == choice, first, chosen)
+        weight = tl.where(place == choice, tl.sum(tl.where(expert == first, scores, 0.0), 0), weight)
+    if RENORMALISE:
+        weight = weight / tl.sum(weight, 0)
+    target = token * CHOSEN + place
+    tl.store(weights + target, weight * scale, mask=place < CHOSEN)
+    tl.store(experts + target, chosen.to(tl.int64), mask=place < CHOSEN)

@@ -1,0 +1,44 @@
+"""The choice of experts is the definition's, in order and on ties; `test_kernels.py` has the meaning of the scores."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.triton import OPS
+from tests import triton_interpreter
+from tests.triton_memory import guarded
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> Iterator[None]:
+    triton_interpreter.install()
+    torch.manual_seed(0)
+    with guarded():
+        yield
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "unit"])
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(("num_experts", "num_chosen"), [(8, 2), (7, 3), (60, 4), (128, 8), (5, 5)])
+def test_route_is_the_definitions(num_experts: int, num_chosen: int, renormalise: bool, score: str) -> None:
+    logits = torch.randn(4, 2 * num_experts)[:, :num_experts].bfloat16()  # of which many are equal
+    actual = OPS.route(logits, num_chosen, score, renormalise, 2.5)
+    expected = reference.route(logits, num_chosen, score, renormalise, 2.5)
+    assert torch.equal(actual[1], expected[1])
+    torch.testing.assert_close(actual[0], expected[0])
+
+
+def test_experts_in_groups_are_the_definitions() -> None:
+    logits = torch.randn(4, 16)
+    actual, expected = (table.route(logits, 3, "softmax", True, 1.0, 4, 2) for table in (OPS, reference.OPS))
+    assert torch.equal(actual[1], expected[1])
+    torch.testing.assert_close(actual[0], expected[0])
+
+
+def test_logits_that_are_not_numbers_choose_experts_that_there_are() -> None:
+    logits = torch.full((2, 5), torch.nan)
+    logits[1, 3] = 1.0
+    _, experts = OPS.route(logits, 2, "softmax", True)
+    assert ((experts >= 0) & (experts < 5)).all()
