@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_DEFAULT_FP_FUSION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-kernels lint parity bench gpu compose-test constraints clean
+.PHONY: help install demo test test-kernels lint parity bench gpu simulate compose-test constraints clean
 
 help: ## List what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ bench: $(STAMP) ## Measure the worker's overhead: the engine alone against the w
 
 gpu: ## On a machine with a GPU, torch and Triton: check and time the kernels; FOLDER=... for the results
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(or $(FOLDER),build/gpu)
+
+simulate: $(STAMP) ## Run the crash simulation for 50,000 seeds, about an hour; make test runs 500
+	@$(BIN)/python -m tests.random_faults
 
 compose-test: $(STAMP) ## Run compose.yaml for real and kill its parts; says so loudly if no Docker engine answers
 	@$(BIN)/python -m tests.compose.run

@@ -27,7 +27,7 @@ SESSION_S = 1.0  # whoever is frozen for longer is given up by the group
 TRANSACTION = ("begin", "send", "send_positions", "commit")
 
 # At each moment before or after a call of a worker: some dozens of calls to one fault.
-CRASH, UNKNOWN, SLOW, FREEZE = 0.004, 0.01, 0.02, 0.004
+CRASH, UNKNOWN, SLOW, FREEZE = 0.004, 0.003, 0.02, 0.004
 DRAIN_S = (0.5, 8.0)  # from one worker's asking to leave to the next one's
 
 

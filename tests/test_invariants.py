@@ -1,5 +1,6 @@
 """The checker can fail: each thing that may go wrong with answers and money is noticed, and named."""
 
+import pytest
 from msgspec import structs
 
 from schemas.cost import CostEvent, CostKind, MeterReading
@@ -177,6 +178,12 @@ def test_a_meter_that_charged_other_than_its_events_is_noticed():
     assert found(readings=[reading(charged=money(66), held=money(4))]) == (
         f"life {LIFE}: charged 0.000000000066, its cost events say 65 picodollars"
     )
+
+
+@pytest.mark.parametrize(("unknown", "is_right"), [(30, True), (4, False)])
+def test_what_a_life_lost_sight_of_may_have_been_charged_up_to_what_it_says_is_unknown(unknown, is_right):
+    wasted = {"lost": money(35 - unknown), "unknown": money(unknown)}
+    assert (found(readings=[reading(charged=money(60), wasted=wasted)]) == "") is is_right
 
 
 def test_a_life_without_a_meter_is_noticed():
