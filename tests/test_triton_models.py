@@ -1,0 +1,51 @@
+"""Whole models on the Triton table give the definition's logits: every op is called as the decoder calls it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.loader import load
+from engine.models import KVCache
+from kernels import reference
+from kernels.ops import AttentionBatch, Ops
+from kernels.triton import OPS
+from tests import tiny_models, triton_interpreter
+from tests.triton_memory import guarded
+
+# bf16 rounds at each of some thirty steps in another order: 2^-9 each, and they add up as the square root.
+TOLERANCE = 0.03
+
+
+MODELS: list[Callable[[Path], Path]] = [
+    tiny_models.tiny_mixtral,
+    tiny_models.tiny_qwen3_moe,
+    tiny_models.tiny_gpt_oss,
+    tiny_models.tiny_deepseek_v2,
+]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_a_prompt_and_a_decode_give_the_definitions_logits(model: Callable[[Path], Path], tmp_path: Path) -> None:
+    triton_interpreter.install()
+    path = model(tmp_path)
+    actual, expected = (logits(path, table) for table in (OPS, reference.OPS))
+    assert (actual - expected).norm() <= TOLERANCE * expected.norm()
+
+
+def logits(path: Path, ops: Ops) -> Tensor:
+    """After a prompt of 19 tokens, and after one more: (2, V)."""
+    decoder = load(path, ops, weights="bf16", dtype=torch.bfloat16)
+    cache = KVCache.allocate(decoder.spec, 4, 8, torch.bfloat16)
+    tokens = torch.arange(3, 23)
+    table = torch.tensor([[2, 0, 3]])
+    steps = []
+    with torch.inference_mode(), guarded():
+        for start, end in ((0, 19), (19, 20)):
+            position = torch.arange(start, end)
+            slots = table[0, position // 8] * 8 + position % 8
+            batch = AttentionBatch(table, [0, end - start], [end], slots)
+            steps.append(decoder.forward(tokens[start:end], position, batch, cache, torch.tensor([end - start - 1])))
+    return torch.cat(steps)
