@@ -1,6 +1,7 @@
 """Fixtures shared by the whole suite: a real Kafka, one for the session. Triton's kernels are interpreted."""
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from worker.local_broker import Cluster
 
 # Read when a kernel is defined, so before anything imports triton: a GPU is not needed and, if there is one, not used.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# A run that a script has started in the background ignores Ctrl-C, and so would all that it starts: tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about the machine than about the code; each test has its own timeout.
 hypothesis.settings.register_profile("tokenmill", deadline=None)

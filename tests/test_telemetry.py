@@ -315,7 +315,7 @@ def test_lines_name_the_record_that_they_are_about(recorder: Recorder):
 
 
 def test_libraries_are_heard_from_warnings_on_in_the_same_shape(recorder: Recorder):
-    library = logging.getLogger("a.library")  # of nobody's: others' loggers may have been silenced by an earlier test
+    library = logging.getLogger("a.library")
     library.info("chatter")
     library.warning("Heartbeat failed for group %s", "g")
     (line,) = recorder.lines()
