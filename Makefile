@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_DEFAULT_FP_FUSION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-kernels lint parity bench gpu simulate compose-test constraints clean
+.PHONY: help install demo test test-kernels lint parity quality bench gpu simulate compose-test constraints clean
 
 help: ## List what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ lint: $(STAMP) ## Check style, types and who may import whom
 
 parity: $(STAMP) ## Compare each architecture in each weight format with transformers
 	@$(BIN)/python -m tests.parity
+
+quality: $(STAMP) ## Measure what each weight format costs the demo model: perplexity, equal greedy tokens; three minutes
+	@$(BIN)/python -m benchmarks.quality
 
 bench: $(STAMP) ## Measure the worker's overhead: the engine alone against the whole service
 	@$(BIN)/python -m benchmarks.service

@@ -15,6 +15,8 @@ from torch.nn import functional
 from kernels import weights
 from kernels.ops import AttentionBatch, Linear, Ops, SamplingRow, WeightKernel
 
+ACTIVATION_GROUP = 64  # neighbours along `in` that share a scale: docs/decisions/0016-rows-quantized-on-cpu.md
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divides x by its root mean square and multiplies by weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
@@ -202,15 +204,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def quantize_rows(x: Tensor) -> Tensor:
-    """What a backend that multiplies integers makes of activations: each row's own 255 even levels, in fp32.
+    """What a backend that multiplies integers makes of activations (T, in): 255 even levels for each group, in fp32.
 
-    The levels reach from minus the row's largest magnitude to plus it. A row with anything not finite is all NaN.
+    A group is 64 neighbours of a row, or what is left of it. Its levels reach from minus its largest magnitude to plus
+    it. A group with anything not finite is all NaN.
     """
-    x = x.float()
-    magnitude = x.abs().amax(-1, keepdim=True)  # (T, 1)
+    padded = functional.pad(x.float(), (0, -x.shape[1] % ACTIVATION_GROUP))
+    groups: Tensor = padded.unflatten(1, (-1, ACTIVATION_GROUP))  # type: ignore[no-untyped-call]  # (T, groups, 64)
+    magnitude = groups.abs().amax(-1, keepdim=True)  # (T, groups, 1)
     per_level = torch.full_like(magnitude, 127.0) / magnitude  # `127 / magnitude` would round twice
-    levels = (x * torch.where(magnitude == 0, 0.0, per_level)).round()
-    return levels * (magnitude / 127.0)
+    levels = (groups * torch.where(magnitude == 0, 0.0, per_level)).round()
+    return (levels * (magnitude / 127.0)).flatten(1)[:, : x.shape[1]]
 
 
 def _unpacked(dequantize: Callable[[weights.Parts], Tensor]) -> WeightKernel:

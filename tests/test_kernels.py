@@ -298,12 +298,23 @@ def quantizes_rows(ops: Ops, name: str) -> bool:
     return ops.name == "cpu" and name in ("int8", "int4")
 
 
-def test_quantized_rows_are_off_by_half_a_level_of_their_own_at_most() -> None:
-    x = torch.cat([torch.randn(5, 96), torch.zeros(1, 96)])
-    half_a_level = x.abs().amax(1, keepdim=True) / 127 / 2
-    assert ((reference.quantize_rows(x) - x).abs() <= half_a_level * (1 + 1e-5)).all()
-    rows = reference.quantize_rows(torch.tensor([[1.0, torch.nan], [1.0, -torch.inf], [0.5, -1.0]]))
-    assert rows.isnan().tolist() == [[True, True], [True, True], [False, False]]
+@pytest.mark.parametrize("size", [3, 64, 150])
+def test_quantized_rows_are_off_by_half_a_level_of_their_group_at_most(size: int) -> None:
+    x = torch.cat([torch.randn(5, size), torch.zeros(1, size)])
+    x[:, ::64] *= 10 ** torch.arange((size + 63) // 64)  # groups of different magnitudes
+    difference = reference.quantize_rows(x) - x
+    for group, off in zip(x.split(64, dim=1), difference.split(64, dim=1), strict=True):
+        half_a_level = group.abs().amax(1, keepdim=True) / 127 / 2
+        assert (off.abs() <= half_a_level * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
+def test_a_quantized_group_with_anything_not_finite_is_all_nan(what: float) -> None:
+    x = torch.randn(2, 150)
+    x[1, 70] = what
+    quantized = reference.quantize_rows(x)
+    assert quantized[1, 64:128].isnan().all()
+    assert quantized.isnan().sum() == 64
 
 
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")

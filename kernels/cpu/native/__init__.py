@@ -1,7 +1,7 @@
 """The CPU table in C++: the few ops that a step consists of, each one call.
 
 Owns the table. `*.cpp` and `*.h` hold the kernels, `build.py` gets them compiled, `packing.py` lays weights out for
-them. Products with int8 and int4 weights quantize each row of activations by itself (`reference.quantize_rows`), those
+them. Products with int8 and int4 weights quantize activations by groups of a row (`reference.quantize_rows`), those
 with bf16 weights round them to bf16. What a row becomes does not depend on the other rows of the batch, to the bit;
 fp32 weights alone go through torch and are as equal as torch makes them.
 """

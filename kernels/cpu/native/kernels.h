@@ -10,7 +10,8 @@ namespace tokenmill {
 
 // Weights stand in blocks of 64 output features, each of them one sequential stream: see `packing.py`.
 constexpr int64_t kBlock = 64;
-constexpr int64_t kInt4Group = 32;
+constexpr int64_t kInt4Group = 32;  // inputs that share a scale and a zero
+constexpr int64_t kGroup = 64;      // inputs that share a scale as activations in int8: two groups of int4 weights
 
 enum class Format : int64_t { bf16, int8, int4 };
 
@@ -21,8 +22,8 @@ struct Matrix {
   int64_t in;
 };
 
-// T rows of x (T, in), prepared for a format: bf16, or int8 with a scale for the row and the sums that undo the bias
-// of the weights. A row is a record of `bytes`: the values, padded to whole registers, then scale and sums.
+// T rows of x (T, in), prepared for a format: bf16, or int8 with a scale for each group and a sum for each half of it,
+// which undo the bias of the weights. A row is a record of `bytes`: the values, padded to whole groups, scales, sums.
 struct Rows {
   uint8_t* data;
   int64_t bytes;
@@ -30,8 +31,9 @@ struct Rows {
 };
 
 static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t num_groups(int64_t in) { return padded(in, kGroup) / kGroup; }
 static inline int64_t values_bytes(Format format, int64_t in) {
-  return padded(format == Format::bf16 ? 2 * in : in, 64);
+  return format == Format::bf16 ? padded(2 * in, 64) : num_groups(in) * kGroup;
 }
 static inline int64_t block_bytes(Format format, int64_t in) {
   switch (format) {
@@ -42,8 +44,7 @@ static inline int64_t block_bytes(Format format, int64_t in) {
   return 0;
 }
 static inline int64_t row_bytes(Format format, int64_t in) {
-  const int64_t num_sums = format == Format::int4 ? in / kInt4Group : format == Format::int8 ? 1 : 0;
-  return values_bytes(format, in) + padded(4 * (1 + num_sums), 64);
+  return padded(values_bytes(format, in) + (format == Format::bf16 ? 0 : 12 * num_groups(in)), 64);
 }
 
 // Where the products of a block go: y[row][column .. column + columns) = product, or += weight[i] * product.

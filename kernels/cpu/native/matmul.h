@@ -58,38 +58,61 @@ struct Columns {
   }
 };
 
+// What follows the values of M rows in int8: a scale for each group, a sum for each 32 inputs.
+template <int M>
+struct Groups {
+  const float* scales[M];
+  const int32_t* sums[M];
+  INLINE Groups(const uint8_t* const (&rows)[M], int64_t in) {
+    unroll<M>(FOR(m) {
+      scales[m] = (const float*)(rows[m] + values_bytes(Format::int8, in));
+      sums[m] = (const int32_t*)(scales[m] + num_groups(in));
+    });
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------------- int8
 //
 // A block: 64 scales, then for each four inputs 64 features x 4 bytes w + 128.
-// y = scale_w scale_x (sum (w + 128) x - 128 sum x).
+// For each group scale_x (sum (w + 128) x - 128 sum x); y = scale_w times their sum.
 
 struct Int8 {
   template <int M>
-  static constexpr int kVectors = vectors<M>(1);
+  static constexpr int kVectors = vectors<M>(1);  // the totals, needed once a group, may lie in memory
 
   template <int M, int V>
   static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
                               float* out) {
-    Columns<Words, M, V> sums;
-    unroll<V>(FOR(v) { unroll<M>(FOR(m) { sums.template at<v>()[m] = broadcast(int32_t(0)); }); });
+    const Groups<M> groups(rows, in);
+    Columns<Floats, M, V> totals;
+    unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
     const uint8_t* w = block + 4 * kBlock + 64 * first;
-    for (int64_t k = 0; k < in; k += 4, w += 4 * kBlock) {
-      Words weights[V];
-      unroll<V>(FOR(v) { weights[v] = load_words(w + 64 * v), prefetch(w + 64 * v); });
+    for (int64_t k = 0, g = 0; k < in; g++) {
+      Columns<Words, M, V> sums;
       unroll<M>(FOR(m) {
-        const Words x = broadcast_word(rows[m] + k);
-        unroll<V>(FOR(v) { dot4(sums.template at<v>()[m], weights[v], x); });
+        const Words bias = broadcast(-kWeightBias * (groups.sums[m][2 * g] + groups.sums[m][2 * g + 1]));
+        unroll<V>(FOR(v) { sums.template at<v>()[m] = bias; });
+      });
+      for (const int64_t end = k + kGroup < in ? k + kGroup : in; k < end; k += 4, w += 4 * kBlock) {
+        Words weights[V];
+        unroll<V>(FOR(v) { weights[v] = load_words(w + 64 * v), prefetch(w + 64 * v); });
+        unroll<M>(FOR(m) {
+          const Words x = broadcast_word(rows[m] + k);
+          unroll<V>(FOR(v) { dot4(sums.template at<v>()[m], weights[v], x); });
+        });
+      }
+      unroll<M>(FOR(m) {
+        const Floats scale = broadcast(groups.scales[m][g]);
+        unroll<V>(FOR(v) {
+          Floats& total = totals.template at<v>()[m];
+          total = fma(scale, to_floats(sums.template at<v>()[m]), total);
+        });
       });
     }
     const float* scales = (const float*)block + 16 * first;
-    unroll<M>(FOR(m) {
-      const uint8_t* tail = rows[m] + values_bytes(Format::int8, in);
-      const Floats scale = broadcast(*(const float*)tail);
-      const Words bias = broadcast(-kWeightBias * *(const int32_t*)(tail + 4));
-      unroll<V>(FOR(v) {
-        const Floats product = to_floats(add(sums.template at<v>()[m], bias));
-        store(out + kBlock * m + 16 * v, product * (scale * load(scales + 16 * v)));
-      });
+    unroll<V>(FOR(v) {
+      const Floats scale = load(scales + 16 * v);
+      unroll<M>(FOR(m) { store(out + kBlock * m + 16 * v, totals.template at<v>()[m] * scale); });
     });
   }
 };
@@ -97,8 +120,8 @@ struct Int8 {
 // ---------------------------------------------------------------------------------------------------------------- int4
 //
 // A block: for each group of 32 inputs 64 scales and 64 zeros in bf16, then for each eight inputs 64 features x 4
-// bytes, the first four inputs in the low nibbles. For each group
-// scale_w (sum q x - 8 sum x) + zero sum x; y = scale_x times their sum.
+// bytes, the first four inputs in the low nibbles. y = the sum over the groups of
+// scale_x (scale_w (sum q x - 8 sum x) + zero sum x).
 
 struct Int4 {
   template <int M>
@@ -108,15 +131,13 @@ struct Int4 {
   static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
                               float* out) {
     constexpr int64_t kGroupBytes = 4 * kBlock + kInt4Group / 2 * kBlock;
-    const int64_t values = values_bytes(Format::int4, in);
+    const Groups<M> groups(rows, in);
     Columns<Floats, M, V> totals;
     unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
-    const int32_t* group_sums[M];
-    unroll<M>(FOR(m) { group_sums[m] = (const int32_t*)(rows[m] + values + 4); });
     for (int64_t g = 0; g < in / kInt4Group; g++, block += kGroupBytes) {
       Columns<Words, M, V> sums;
       unroll<M>(FOR(m) {
-        const Words bias = broadcast(-8 * group_sums[m][g]);
+        const Words bias = broadcast(-8 * groups.sums[m][g]);
         unroll<V>(FOR(v) { sums.template at<v>()[m] = bias; });
       });
       unroll<kInt4Group / 8>(FOR(eight) {
@@ -137,15 +158,13 @@ struct Int4 {
       unroll<V>(FOR(v) {
         const Floats scale = load(scales + 16 * v), zero = load(scales + kBlock + 16 * v);
         unroll<M>(FOR(m) {
+          const Floats sum = broadcast(float(groups.sums[m][g])), product = to_floats(sums.template at<v>()[m]);
           Floats& total = totals.template at<v>()[m];
-          total = fma(zero, broadcast(float(group_sums[m][g])), fma(scale, to_floats(sums.template at<v>()[m]), total));
+          total = fma(broadcast(groups.scales[m][g / 2]), fma(scale, product, zero * sum), total);
         });
       });
     }
-    unroll<M>(FOR(m) {
-      const Floats scale = broadcast(*(const float*)(rows[m] + values));
-      unroll<V>(FOR(v) { store(out + kBlock * m + 16 * v, totals.template at<v>()[m] * scale); });
-    });
+    unroll<M>(FOR(m) { unroll<V>(FOR(v) { store(out + kBlock * m + 16 * v, totals.template at<v>()[m]); }); });
   }
 };
 
@@ -228,34 +247,31 @@ inline void multiply(const Matrix& matrix, int64_t block, const Rows& rows, cons
   }
 }
 
-// One number for 16 inputs and their sum; the row's own scale is its largest magnitude / 127.
-inline void quantize_row(Format format, const float* x, int64_t in, uint8_t* row) {
-  Floats largest_yet = broadcast(0.0f), nothing = broadcast(0.0f);
-  for (int64_t k = 0; k < in; k += 16) {
-    const Floats some = load_up_to(x + k, in - k);
-    largest_yet = maximum(largest_yet, absolute(some));
-    nothing = fma(some, broadcast(0.0f), nothing);
+// The scale of a group is its largest magnitude / 127.
+inline void quantize_row(const float* x, int64_t in, uint8_t* row) {
+  float* scales = (float*)(row + values_bytes(Format::int8, in));
+  int32_t* sums = (int32_t*)(scales + num_groups(in));
+  Floats nothing = broadcast(0.0f);
+  for (int64_t g = 0; g < num_groups(in); g++) {
+    constexpr int kVectors = kGroup / 16;
+    Floats some[kVectors], largest_yet = broadcast(0.0f);
+    unroll<kVectors>(FOR(v) {
+      const int64_t k = g * kGroup + 16 * v;
+      some[v] = k < in ? load_up_to(x + k, in - k) : broadcast(0.0f);
+      largest_yet = maximum(largest_yet, absolute(some[v]));
+      nothing = fma(some[v], broadcast(0.0f), nothing);
+    });
+    const float magnitude = largest(largest_yet);
+    const Floats inverse = broadcast(magnitude > 0 ? 127.0f / magnitude : 0.0f);
+    Words q[kVectors];
+    unroll<kVectors>(FOR(v) {
+      q[v] = nearest(some[v] * inverse);
+      store_int8((int8_t*)row + g * kGroup + 16 * v, q[v]);
+    });
+    scales[g] = magnitude / 127.0f;
+    unroll<2>(FOR(half) { sums[2 * g + half] = sum(add(q[2 * half], q[2 * half + 1])); });
   }
-  const float magnitude = largest(largest_yet);
-  const Floats inverse = broadcast(magnitude > 0 ? 127.0f / magnitude : 0.0f);
-  float* tail = (float*)(row + values_bytes(format, in));
-  tail[0] = magnitude / 127.0f + sum(nothing);  // not a number if any is not finite, and so then is the whole product
-  int32_t* sums = (int32_t*)tail + 1;
-  const int64_t per_sum = format == Format::int4 ? kInt4Group : values_bytes(format, in);
-  for (int64_t k = 0; k < values_bytes(format, in); k += per_sum) {
-    if (k >= in) {  // the padding behind the last group
-      for (int64_t j = k; j < k + per_sum; j += 16) store_int8((int8_t*)row + j, broadcast(int32_t(0)));
-      continue;
-    }
-    Words total = broadcast(int32_t(0));
-    for (int64_t j = k; j < k + per_sum; j += 16) {
-      const Floats some = j < in ? load_up_to(x + j, in - j) : broadcast(0.0f);
-      const Words q = nearest(some * inverse);
-      total = add(total, q);
-      store_int8((int8_t*)row + j, q);
-    }
-    *sums++ = sum(total);
-  }
+  scales[0] += sum(nothing);  // not a number if any is not finite, and so then is the whole product
 }
 
 inline void narrow_row(const float* x, int64_t size, bf16* y) {
@@ -263,7 +279,7 @@ inline void narrow_row(const float* x, int64_t size, bf16* y) {
 }
 
 inline void prepare_row(Format format, const float* x, int64_t in, uint8_t* row) {
-  if (format != Format::bf16) return quantize_row(format, x, in, row);
+  if (format != Format::bf16) return quantize_row(x, in, row);
   narrow_row(x, in, (bf16*)row);
   std::memset(row + 2 * in, 0, values_bytes(format, in) - 2 * in);
 }
