@@ -31,12 +31,11 @@ def died_with(*offsets: int, times: int) -> Position:
     return position
 
 
-def flushed(gate: Gate, partition: Partition) -> list[int]:
+def flushed(partition: Partition) -> list[int]:
     """The offsets whose attempts the flush puts on record."""
     if not (burst := partition.burst()):
         return []
     partition.settle(burst)
-    gate.recorded(partition, burst.attempts)
     return list(burst.attempts)
 
 
@@ -60,14 +59,14 @@ def test_what_came_after_the_takeover_passes_at_once():
     partition = a_partition(end=5)
     gate = waiting_at(partition, 5, 6)
     assert passing(gate, num_running=3) == [5, 6]
-    assert flushed(gate, partition) == []
+    assert flushed(partition) == []
 
 
 def test_what_was_there_before_waits_until_its_attempt_is_on_record():
     partition = a_partition()
     gate = waiting_at(partition, 0, 1)
     assert passing(gate, num_running=3) == []
-    assert flushed(gate, partition) == [0, 1]
+    assert flushed(partition) == [0, 1]
     assert passing(gate, num_running=3) == [0, 1]
 
 
@@ -75,7 +74,7 @@ def test_who_died_once_or_twice_runs_in_company():
     partition = a_partition(died_with(0, 1, times=1))
     gate = waiting_at(partition, 0, 1)
     passing(gate)
-    flushed(gate, partition)
+    flushed(partition)
     assert passing(gate, num_running=3) == [0, 1]
 
 
@@ -83,20 +82,20 @@ def test_the_last_attempt_is_made_alone_and_counted_when_its_turn_has_come():
     partition = a_partition(died_with(1, 2, times=2))
     gate = waiting_at(partition, 0, 1, 2, 3)
     passing(gate)
-    assert flushed(gate, partition) == [0]  # not those behind a suspect: they cannot be blamed for its death
+    assert flushed(partition) == [0]  # not those behind a suspect: they cannot be blamed for its death
     assert passing(gate) == [0]
     assert passing(gate, num_running=1) == []
-    assert flushed(gate, partition) == []
+    assert flushed(partition) == []
     assert passing(gate, num_running=0) == []
-    assert flushed(gate, partition) == [1]
+    assert flushed(partition) == [1]
     assert passing(gate) == [1]
     assert passing(gate, num_running=1) == []  # alone
     assert passing(gate, num_running=0) == []
-    assert flushed(gate, partition) == [2]
+    assert flushed(partition) == [2]
     assert passing(gate) == [2]
     assert passing(gate, num_running=1) == []
     passing(gate)
-    flushed(gate, partition)
+    flushed(partition)
     assert passing(gate, num_running=0) == [3]
 
 
@@ -126,11 +125,11 @@ def test_after_a_rebalance_what_waits_is_put_on_record_again_before_it_passes():
     partition = a_partition(end=1)
     gate = waiting_at(partition, 0, 1)
     assert passing(gate) == []
-    flushed(gate, partition)
+    flushed(partition)
     last = partition.last_burst()
     assert last
     partition.settle(last)
-    gate.resume(partition)
+    partition.go_on()
     assert passing(gate) == []
-    assert flushed(gate, partition) == [0]
+    assert flushed(partition) == [0]
     assert passing(gate) == [0, 1]

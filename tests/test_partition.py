@@ -103,7 +103,8 @@ def test_only_what_was_there_when_it_was_taken_over_is_put_on_record():
     partition = a_partition(end=11)
     for offset in (10, 11):
         partition.begin(offset)
-    assert [partition.attempt(offset) for offset in (10, 11)] == [True, False]
+        partition.attempt(offset)
+    assert [partition.awaits_record(offset) for offset in (10, 11)] == [True, False]
     burst = partition.burst()
     assert burst
     assert list(burst.attempts) == [10]

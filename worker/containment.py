@@ -27,8 +27,12 @@ class Waiting:
     partition: Partition
     record: Record
     is_suspect: bool  # its next attempt is its last
-    is_counted: bool = False  # the attempt
-    is_on_record: bool = False
+    is_counted: bool = False  # the attempt, where it must be
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether its turn has come and its attempt is on record."""
+        return self.is_counted and not self.partition.awaits_record(self.record.offset)
 
 
 class Gate:
@@ -61,23 +65,10 @@ class Gate:
         if self._is_solo and num_running:
             return None
         self._count(num_running)
-        if not self._waiting or not self._waiting[0].is_on_record:
+        if not self._waiting or not self._waiting[0].may_pass:
             return None
         self._is_solo = self._waiting[0].is_suspect
         return self._waiting.popleft()
-
-    def recorded(self, partition: Partition, offsets: Collection[int]) -> None:
-        """The attempts at these offsets are on record."""
-        for waiting in self._waiting:
-            if waiting.partition is partition and waiting.record.offset in offsets:
-                waiting.is_on_record = True
-
-    def resume(self, partition: Partition) -> None:
-        """The partition has come back, and its attempts were taken off the record: they must be put there again."""
-        partition.go_on()
-        for waiting in self._waiting:
-            if waiting.partition is partition and waiting.is_counted:
-                waiting.is_on_record = not partition.must_record(waiting.record.offset)
 
     def drop(self, partitions: Collection[Partition]) -> None:
         """These partitions are others' now."""
@@ -91,6 +82,6 @@ class Gate:
                 return
             if not waiting.is_counted:
                 waiting.is_counted = True
-                waiting.is_on_record = not waiting.partition.attempt(waiting.record.offset)
+                waiting.partition.attempt(waiting.record.offset)
             if waiting.is_suspect:
                 return

@@ -58,13 +58,15 @@ class Partition:
         """How many of the lives that began the offset did not live to finish it, as far as is on record."""
         return self._offsets.attempts(offset)
 
-    def attempt(self, offset: int) -> bool:
-        """True if the attempt must be on record, by the next burst, before it is made; False if it need not be."""
-        if not self.must_record(offset):
-            return False
-        self._offsets.attempt(offset)
-        self._attempts.append(offset)
-        return True
+    def attempt(self, offset: int) -> None:
+        """The attempt is counted, with the next burst, if it must be on record before it is made."""
+        if self.must_record(offset):
+            self._offsets.attempt(offset)
+            self._attempts.append(offset)
+
+    def awaits_record(self, offset: int) -> bool:
+        """Whether the attempt is counted and not on record yet."""
+        return offset in self._attempts
 
     def must_record(self, offset: int) -> bool:
         """Whether an earlier owner may have died of it."""

@@ -199,7 +199,6 @@ class Service:
             return
         for place, burst in bursts.items():
             partitions[place].settle(burst)
-            self._gate.recorded(partitions[place], burst.attempts)
         for account in _accounts(bursts.values()):
             self._meter.charge(account)
         self._heard_s = _now_s()
@@ -222,7 +221,7 @@ class Service:
         """Holds these partitions under this membership, and lets go of all others."""
         await self._hold(places, "lost")
         for partition in self._partitions.values():
-            self._gate.resume(partition)
+            partition.go_on()
         self._seek()
         self._membership = membership
         self._heard_s = _now_s()
