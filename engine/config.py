@@ -119,4 +119,26 @@ def _demands(request: Request, capacity: Capacity) -> list[tuple[bool, str]]:
             all(token in vocabulary for token in sampling.stop_token_ids),
             f"a stop token is not within 0 .. {capacity.vocab_size - 1}",
         ),
+        *(_demands_of_progress(request, capacity) if request.progress else ()),
+    ]
+
+
+def _demands_of_progress(request: Request, capacity: Capacity) -> list[tuple[bool, str]]:
+    progress, sampling = request.progress, request.sampling
+    length_max = min(sampling.tokens_max, capacity.context_max - len(request.prompt))
+    vocabulary = range(capacity.vocab_size)
+    return [
+        (
+            len(progress) == sampling.num_choices,
+            f"there is progress of {len(progress)} choices; there are {sampling.num_choices}",
+        ),
+        (not all(choice.is_over for choice in progress), "every choice is over: nothing is left to run"),
+        (
+            all(choice.is_over or len(choice.tokens) < length_max for choice in progress),
+            f"a choice that is not over has {length_max} tokens or more, as many as it may have",
+        ),
+        (
+            all(token in vocabulary for choice in progress for token in choice.tokens),
+            f"a token of progress is not within 0 .. {capacity.vocab_size - 1}",
+        ),
     ]

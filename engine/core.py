@@ -36,6 +36,10 @@ class Core:
         """The next step tells that the request's choices, or the one named, have stopped; unknown ones are ignored."""
         self._scheduler.cancel(request_id, choice)
 
+    def interrupt(self) -> None:
+        """The next step, which computes nothing, tells how far each choice has come."""
+        self._scheduler.interrupt()
+
     @property
     def has_work(self) -> bool:
         """A step would compute or tell something."""

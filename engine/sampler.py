@@ -55,7 +55,7 @@ def sampling_rows(share: Share) -> list[SamplingRow]:
 def uniform(seed: int, choice: int, position: int) -> float:
     """The one random number in [0, 1) behind the token at `position`, counted from the prompt's start.
 
-    Absolute positions let a sequence taken up elsewhere, its output having become prompt, go on as it would have.
+    Absolute positions let a sequence that another engine takes up go on as it would have.
     """
     digest = blake2b(b"%d %d %d" % (seed, choice, position), digest_size=8).digest()
     return (int.from_bytes(digest) >> 64 - UNIFORM_BITS) / (1 << UNIFORM_BITS)

@@ -84,6 +84,8 @@ class Scheduler:
         turn = self._num_submitted + request.priority * self._config.ageing
         leader: Sequence | None = None
         for choice in range(request.sampling.num_choices):
+            if request.progress and request.progress[choice].is_over:
+                continue
             sequence = Sequence(
                 request=request,
                 choice=choice,
@@ -103,6 +105,11 @@ class Scheduler:
         for sequence in self.sequences:
             if sequence.request.id == request_id and choice in (None, sequence.choice):
                 self._finish(sequence, FinishReason.STOP)
+
+    def interrupt(self) -> None:
+        """Nothing runs on: every sequence finishes as interrupted, with its counts so far."""
+        for sequence in self.sequences:
+            self._finish(sequence, FinishReason.INTERRUPTED)
 
     def plan(self) -> Plan:
         """Hand out the step's tokens: running sequences first, then waiting ones, each in order of rank."""

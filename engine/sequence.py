@@ -7,7 +7,7 @@ Never decides what runs (`scheduler.py`) or which block is whose (`blocks.py`). 
 from dataclasses import dataclass, field
 
 from engine.speculative import Drafting
-from engine.types import FinishReason, Logprob, Request, Usage
+from engine.types import FinishReason, Logprob, Progress, Request, Usage
 
 Rank = tuple[int, int, int]
 TokenLogprobs = tuple[Logprob, tuple[Logprob, ...]]  # the token's own, and those of the likeliest
@@ -26,7 +26,7 @@ class Sequence:
     rank: Rank  # smaller runs first
     length_max: int  # prompt + output: the request's tokens_max or the engine's context_max, whichever ends it first
     drafting: Drafting
-    leader: "Sequence | None" = None  # choice 0 of the same request, which computes the prompt for all
+    leader: "Sequence | None" = None  # the request's first choice that runs: it computes the prompt for all
     is_over: bool = False
 
     tokens: list[int] = field(init=False)
@@ -46,6 +46,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        if self.request.progress and (progress := self.request.progress[self.choice]).tokens:
+            self._take_up(progress)
 
     @property
     def num_prompt(self) -> int:
@@ -65,7 +67,18 @@ class Sequence:
     @property
     def is_held(self) -> bool:
         """Its leader is still at the prompt: to start now would compute the same blocks twice."""
-        return self.leader is not None and self.leader.num_output == 0 and not self.leader.is_over
+        leader = self.leader
+        return leader is not None and leader.num_computed < leader.num_prompt and not leader.is_over
+
+    def _take_up(self, progress: Progress) -> None:
+        """It stands where it stood in another engine: as one preempted here, it has its tokens and no block."""
+        self.tokens += progress.tokens
+        self.num_reached = len(self.tokens) - 1  # its newest token was never computed
+        self.num_cached = progress.usage.num_cached
+        self.num_drafted = progress.usage.num_drafted
+        self.num_accepted = progress.usage.num_accepted
+        self.num_recomputed = progress.usage.num_recomputed
+        self.num_preemptions = progress.usage.num_preemptions
 
     def draft(self) -> None:
         """Once all but the newest token is computed, propose what may follow it."""

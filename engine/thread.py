@@ -74,7 +74,7 @@ class EngineThread:
         return self._stats
 
     def stop(self, timeout_s: float | None = None) -> bool:
-        """The loop has ended after one last step, unfinished sequences and all; False if it has not within the time."""
+        """The loop has ended: its last result tells of unfinished choices that they are interrupted. False: not yet."""
         self._inbox.put(Stop())
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -109,4 +109,5 @@ class EngineThread:
             case Cancel(request_id, choice):
                 self._core.cancel(request_id, choice)
             case Stop():
+                self._core.interrupt()
                 self._is_stopping = True

@@ -24,14 +24,39 @@ class Sampling(Struct, frozen=True, kw_only=True):
     num_choices: int = 1
 
 
+class Usage(Struct, frozen=True, kw_only=True):
+    """Counts of one choice, in tokens. Every prompt token of it is either computed or cached."""
+
+    num_prompt: int
+    num_cached: int
+    num_output: int
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_recomputed: int = 0
+    num_preemptions: int = 0
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """How far one choice has come in another engine: its tokens, and its counts by then."""
+
+    tokens: tuple[int, ...]  # accepted; the next one has the index behind them
+    usage: Usage
+    is_over: bool = False  # it has ended: nothing is left to run
+
+
 class Request(Struct, frozen=True, kw_only=True):
-    """What the engine is asked. `id` is the caller's handle and comes back with everything that concerns it."""
+    """What the engine is asked. `id` is the caller's handle and comes back with everything that concerns it.
+
+    With `progress`, one entry a choice, it goes on where another engine was interrupted: the next tokens are those that
+    would have come there, and the choices' counts are carried on.
+    """
 
     id: int
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int = 0  # lower runs first
     cache_salt: str = ""  # sequences share cached prefixes only under the same salt
+    progress: tuple[Progress, ...] = ()
 
 
 class FinishReason(StrEnum):
@@ -40,6 +65,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # a stop token, or the caller cancelled it
     LENGTH = "length"  # tokens_max reached
     FAILED = "failed"  # this sequence alone could not go on
+    INTERRUPTED = "interrupted"  # the engine ends before it: another one may go on with its `Progress`
 
 
 class Logprob(Struct, frozen=True, array_like=True):
@@ -58,18 +84,6 @@ class Token(Struct, frozen=True, kw_only=True):
     token: int
     logprob: Logprob | None = None
     top_logprobs: tuple[Logprob, ...] = ()
-
-
-class Usage(Struct, frozen=True, kw_only=True):
-    """Counts of one choice, in tokens. Every prompt token of it is either computed or cached."""
-
-    num_prompt: int
-    num_cached: int
-    num_output: int
-    num_drafted: int = 0
-    num_accepted: int = 0
-    num_recomputed: int = 0
-    num_preemptions: int = 0
 
 
 class Finished(Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from engine.build import build
 from engine.config import EngineConfig
 from engine.core import Core
 from engine.errors import EngineMisconfigured
-from engine.types import Finished, FinishReason, Request, Sampling, Token
+from engine.types import Finished, FinishReason, Progress, Request, Sampling, Token
 from tests.parity import ARCHITECTURE_SHAPES
 from tests.tiny_models import SHAPES, VOCAB_SIZE, tiny, tiny_mixtral, transformers_greedy
 
@@ -175,11 +176,40 @@ def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(checkpoint, drafts
     assert alone[50, 0] != alone[50, 1]
 
 
-def test_taken_up_from_any_token_a_sequence_goes_on_as_it_would_have(checkpoint):
-    sampling = Sampling(tokens_max=20, temperature=0.8, seed=9)
-    whole = [t.token for t in run(engine(checkpoint), Request(id=0, prompt=(1, 2, 3), sampling=sampling))[0][0, 0]]
-    resumed = Request(id=0, prompt=(1, 2, 3, *whole[:7]), sampling=Sampling(tokens_max=13, temperature=0.8, seed=9))
-    assert [t.token for t in run(engine(checkpoint), resumed)[0][0, 0]] == whole[7:]
+def own_logprobs(tokens: list[Token]) -> list[float]:
+    return [token.logprob.logprob for token in tokens if token.logprob]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("drafts_max", [0, 3])
+def test_another_engine_goes_on_as_the_interrupted_one_would_have(checkpoint, temperature, drafts_max):
+    """With the tokens, the random numbers and the log probabilities of an engine that nobody interrupted."""
+    sampling = Sampling(tokens_max=40, temperature=temperature, seed=9, num_choices=2, num_logprobs=2)
+    asked = Request(id=0, prompt=tuple(PROMPTS[3]), sampling=sampling)
+    whole = run(engine(checkpoint), asked)[0]
+    core = engine(checkpoint, drafts_max=drafts_max, draft_cost=0.0)
+    core.submit(asked)
+    results = [core.step() for _ in range(9)]
+    core.interrupt()
+    results.append(core.step())
+    before = {
+        choice: [token for result in results for token in result.tokens if token.choice == choice] for choice in (0, 1)
+    }
+    progress = tuple(
+        Progress(tokens=tuple(token.token for token in before[end.choice]), usage=end.usage)
+        for end in results[-1].finished
+    )
+    other = engine(checkpoint, drafts_max=drafts_max, draft_cost=0.0)
+    after, finished = run(other, msgspec.structs.replace(asked, progress=progress))
+    for choice in (0, 1):
+        assert before[choice]
+        assert after[0, choice]
+        gone_on = [*before[choice], *after[0, choice]]
+        assert [token.index for token in gone_on] == list(range(40))
+        assert [token.token for token in gone_on] == [token.token for token in whole[0, choice]]
+        # The cache is computed in other batches, whose sums are rounded otherwise: fp32 has 1e-7.
+        assert own_logprobs(gone_on) == pytest.approx(own_logprobs(whole[0, choice]), abs=1e-4)
+        assert finished[0, choice].usage.num_output == 40
 
 
 def test_logprobs_are_those_of_the_tokens_and_come_in_order(checkpoint):

@@ -69,6 +69,16 @@ def test_what_is_cancelled_stops(thread, desk):
     assert finished[0].usage.num_output < 1000
 
 
+def test_who_stops_hears_how_far_each_choice_has_come(desk):
+    thread = EngineThread(scripted_engine(clock=time.monotonic_ns).core, desk.deliver, desk.fail)
+    thread.start()
+    thread.submit(request(1, tokens_max=1000))
+    assert thread.stop(TIMEOUT_S)
+    (end,) = desk.results[-1].finished
+    assert end.reason is FinishReason.INTERRUPTED
+    assert end.usage.num_output == sum(len(result.tokens) for result in desk.results) < 1000
+
+
 def test_a_refusal_reaches_the_caller_and_the_engine_goes_on(thread, desk):
     with pytest.raises(RequestRefused):
         thread.submit(Request(id=1, prompt=(), sampling=Sampling(tokens_max=1)))

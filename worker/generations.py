@@ -136,7 +136,7 @@ class Generations:
 
     async def _finished(self, finished: Finished) -> None:
         running = self._running.get(finished.request)
-        if running is None:
+        if running is None or finished.reason is FinishReason.INTERRUPTED:  # the next owner begins it anew
             return
         text = running.answer.finish(finished)
         if finished.reason is FinishReason.FAILED:  # the other choices would be generated for nothing
