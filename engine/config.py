@@ -11,6 +11,10 @@ from engine.types import Capacity, Request
 CHOICES_MAX = 128  # OpenAI's own limit for n; each choice is a sequence with host memory of its own
 LOGPROBS_MAX = 20  # OpenAI's own limit for top_logprobs; the events of a step grow with it
 STOP_TOKENS_MAX = 64  # each is looked at for every row of a sequence below tokens_min
+BIASES_MAX = 300  # OpenAI's own limit for logit_bias; each is sent to the device for every row of its sequence
+PENALTY_MAX = 2.0  # OpenAI's own range for both of its penalties, from minus this
+REPETITION_MIN, REPETITION_MAX = 0.1, 10.0  # far beyond use (1.0 to 1.5), and a logit stays far from infinity
+BIAS_MAX = 100.0  # OpenAI's own range for a bias, from minus this: enough to forbid a token, or to force it
 INTEGER_BITS = 64  # ids and seeds are integers of the wire
 
 
@@ -105,6 +109,30 @@ def _demands(request: Request, capacity: Capacity) -> list[tuple[bool, str]]:
         (sampling.top_k >= 0, f"top_k is {sampling.top_k}; it must be 0 (all) or more"),
         (0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}; it must be above 0 and at most 1"),
         (0 <= sampling.min_p <= 1, f"min_p is {sampling.min_p}; it must be within 0 .. 1"),
+        (
+            abs(sampling.frequency_penalty) <= PENALTY_MAX,
+            f"frequency_penalty is {sampling.frequency_penalty}; it must be within -{PENALTY_MAX} .. {PENALTY_MAX}",
+        ),
+        (
+            abs(sampling.presence_penalty) <= PENALTY_MAX,
+            f"presence_penalty is {sampling.presence_penalty}; it must be within -{PENALTY_MAX} .. {PENALTY_MAX}",
+        ),
+        (
+            REPETITION_MIN <= sampling.repetition_penalty <= REPETITION_MAX,
+            f"repetition_penalty {sampling.repetition_penalty} is not within {REPETITION_MIN} .. {REPETITION_MAX}",
+        ),
+        (
+            len(sampling.logit_bias) == len(dict(sampling.logit_bias)) <= BIASES_MAX,
+            f"logit_bias has more than {BIASES_MAX} entries, or a token twice",
+        ),
+        (
+            all(token in vocabulary for token, _ in sampling.logit_bias),
+            f"a token of logit_bias is not within 0 .. {capacity.vocab_size - 1}",
+        ),
+        (
+            all(abs(bias) <= BIAS_MAX for _, bias in sampling.logit_bias),
+            f"a value of logit_bias is not within -{BIAS_MAX} .. {BIAS_MAX}",
+        ),
         (sampling.seed in seeds, f"the seed does not fit {INTEGER_BITS} bits"),
         (
             1 <= sampling.num_choices <= CHOICES_MAX,

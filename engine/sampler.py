@@ -2,9 +2,11 @@
 
 Owns the random numbers. Each is a hash of (seed, choice, position), so a token depends on its own sequence alone: not
 on the batch around it, on how the prompt was cut into chunks, on preemption, or on whether drafts were tried. The
-choosing itself is `Ops.sample`; nothing here knows where logits come from.
+choosing itself is `Ops.sample`, from logits as `steering.py` leaves them; logprobs are of the logits as the model made
+them. Nothing here knows where those come from.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from engine.sequence import Accepted, Share, TokenLogprobs
 from engine.speculative import verify
+from engine.steering import Edit, steer
 from engine.types import Logprob
 from kernels.ops import Ops, SamplingRow
 
@@ -27,7 +30,8 @@ def accept(ops: Ops, logits: Tensor, shares: list[Share]) -> list[Accepted]:
     """
     if not len(logits):
         return [Accepted() for _ in shares]
-    sampled = ops.sample(logits, [row for share in shares for row in sampling_rows(share)])  # (R,)
+    rows = [row for share in shares for row in sampling_rows(share)]
+    sampled = ops.sample(steer(logits, _edits(shares)), rows)  # (R,)
     tokens = iter(sampled.tolist())
     brought = [_verified(share, list(islice(tokens, share.num_rows))) for share in shares]
     return _with_logprobs(ops, logits, shares, brought)
@@ -36,20 +40,16 @@ def accept(ops: Ops, logits: Tensor, shares: list[Share]) -> list[Accepted]:
 def sampling_rows(share: Share) -> list[SamplingRow]:
     """How each of the share's rows becomes the token behind it."""
     sampling = share.sequence.request.sampling
-    rows = []
-    for position in range(share.first_row + 1, share.stop + 1):  # of the tokens to be sampled
-        is_early = position - share.sequence.num_prompt < sampling.tokens_min
-        rows.append(
-            SamplingRow(
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                uniform=uniform(sampling.seed, share.sequence.choice, position) if sampling.temperature else 0.0,
-                banned=sampling.stop_token_ids if is_early else (),
-            )
+    return [
+        SamplingRow(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            uniform=uniform(sampling.seed, share.sequence.choice, position) if sampling.temperature else 0.0,
         )
-    return rows
+        for position in range(share.first_row + 1, share.stop + 1)  # of the tokens to be sampled
+    ]
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -59,6 +59,15 @@ def uniform(seed: int, choice: int, position: int) -> float:
     """
     digest = blake2b(b"%d %d %d" % (seed, choice, position), digest_size=8).digest()
     return (int.from_bytes(digest) >> 64 - UNIFORM_BITS) / (1 << UNIFORM_BITS)
+
+
+def _edits(shares: list[Share]) -> Iterator[tuple[int, Edit]]:
+    """What the sequences that steer do to which rows."""
+    first_row = 0
+    for share in shares:
+        if share.sequence.steering and share.num_rows:
+            yield from enumerate(share.sequence.steering.edits(share.sequence.tokens, share.drafts), start=first_row)
+        first_row += share.num_rows
 
 
 def _verified(share: Share, sampled: list[int]) -> Accepted:

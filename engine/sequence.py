@@ -7,6 +7,7 @@ Never decides what runs (`scheduler.py`) or which block is whose (`blocks.py`). 
 from dataclasses import dataclass, field
 
 from engine.speculative import Drafting
+from engine.steering import Steering, steering_of
 from engine.types import FinishReason, Logprob, Progress, Request, Usage
 
 Rank = tuple[int, int, int]
@@ -30,6 +31,7 @@ class Sequence:
     is_over: bool = False
 
     tokens: list[int] = field(init=False)
+    steering: Steering | None = field(init=False)  # what the request does to the logits
     drafts: list[int] = field(default_factory=list)  # proposed for the step being planned, empty between steps
     num_computed: int = 0  # tokens in the cache now, whether by work or by a shared prefix
     num_reached: int = 0  # the most that num_computed has ever been: work below it is done again
@@ -46,6 +48,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.steering = steering_of(self.request.sampling, self.request.prompt)
         if self.request.progress and (progress := self.request.progress[self.choice]).tokens:
             self._take_up(progress)
 

@@ -18,6 +18,10 @@ class Sampling(Struct, frozen=True, kw_only=True):
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    frequency_penalty: float = 0.0  # these four are defined in engine/steering.py
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, none twice, and what is added to their logits
     seed: int = 0  # with the choice and the position it fixes the random number, whatever else is in the batch
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None  # None: no logprobs; 0: the chosen token's alone
@@ -69,7 +73,7 @@ class FinishReason(StrEnum):
 
 
 class Logprob(Struct, frozen=True, array_like=True):
-    """A token and its natural logarithmic probability under the model (before temperature)."""
+    """A token and its natural logarithmic probability under the model (before penalties, bias and temperature)."""
 
     token: int
     logprob: float

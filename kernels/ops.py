@@ -159,7 +159,7 @@ class Ops:
     sample: Callable[[Tensor, Sequence["SamplingRow"]], Tensor]
     """(logits (R, V) fp32, one SamplingRow for each row) -> token ids (R,) int64.
 
-    -1 where a row has no largest finite logit: a NaN or infinity among them, or every token banned.
+    -1 where a row has no largest finite logit: a NaN or plus infinity among them, or nothing but minus infinities.
     """
 
     logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -186,4 +186,3 @@ class SamplingRow:
     top_p: float
     min_p: float
     uniform: float
-    banned: tuple[int, ...] = ()  # token ids that may not be drawn (stop tokens before tokens_min)

@@ -174,8 +174,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _sample_row(logits: Tensor, row: SamplingRow) -> int:
-    banned = torch.tensor(row.banned, dtype=torch.int64, device=logits.device)
-    logits = logits.double().index_fill(0, banned, -torch.inf)
+    logits = logits.double()
     if not torch.isfinite(logits.max()):
         return -1
     ordered, ids = logits.sort(descending=True, stable=True)  # equal logits stay in order of their ids

@@ -78,7 +78,7 @@ def decode_request(value: bytes | None, headers: Headers = (), limits: WireLimit
         twice = _duplicate(form, value)
     except (ValueError, RecursionError) as error:  # msgspec's own errors and UnicodeDecodeError are both ValueErrors
         raise Malformed(_explain(error), _salvage(form, value, content_type)) from None
-    if twice:
+    if twice is not None:
         raise Malformed(
             "a field is there twice in one object: readers would differ on which counts",
             None if twice == "custom_id" else request.custom_id,
@@ -171,11 +171,14 @@ def header_text(headers: Headers, name: str) -> str | None:
 
 
 class _Key:
-    """A field's name that equals nothing but itself: both of two like-named fields survive in a dict."""
+    """A field's name that equals nothing but itself: both of two like-named fields survive in a dict.
+
+    It may be a number: MessagePack writes the tokens of `logit_bias` so.
+    """
 
     __slots__ = ("name",)
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str | int) -> None:
         self.name = name
 
 
@@ -191,7 +194,7 @@ class _Named(Struct):
     custom_id: Name
 
 
-def _key(_kind: type, name: str) -> _Key:
+def _key(_kind: type, name: str | int) -> _Key:
     return _Key(name)
 
 
@@ -238,10 +241,11 @@ def _form(content_type: str) -> _Form:
     raise Malformed(f"content-type is none of {', '.join((JSON_TYPE, EVENT_TYPE, *sorted(MSGPACK_TYPES)))}")
 
 
-_NESTS = frozenset({"data", "body", "messages", "content", "metadata", "stream_options"})  # fields with objects in them
+# Fields with objects in them.
+_NESTS = frozenset({"data", "body", "messages", "content", "metadata", "stream_options", "logit_bias"})
 
 
-def _duplicate(form: _Form, value: bytes | Raw) -> str | None:
+def _duplicate(form: _Form, value: bytes | Raw) -> str | int | None:
     """The name of a field that an object has twice, anywhere in a request that has been decoded before.
 
     Decoders silently take the last of two. A gateway that read the first would have checked another tenant's right.
@@ -251,18 +255,18 @@ def _duplicate(form: _Form, value: bytes | Raw) -> str | None:
         if key.name in names:
             return key.name
         names.add(key.name)
-        if key.name in _NESTS and (twice := _duplicate_within(form, content)):
+        if key.name in _NESTS and (twice := _duplicate_within(form, content)) is not None:
             return twice
     return None
 
 
-def _duplicate_within(form: _Form, content: Raw) -> str | None:
+def _duplicate_within(form: _Form, content: Raw) -> str | int | None:
     first = memoryview(content)[0]
     if first in form.object_starts:
         return _duplicate(form, content)
     if first in form.array_starts:
         found = (_duplicate_within(form, item) for item in form.items.decode(content))
-        return next((twice for twice in found if twice), None)
+        return next((twice for twice in found if twice is not None), None)
     return None
 
 

@@ -5,7 +5,7 @@ Owns the shape and the limits that a decoder can check by itself. Never decides 
 parameter that is dropped gives a wrong answer, and a wrong answer is worse than an error.
 
 Source of the names: OpenAI's chat, completion and batch references; `min_p`, `top_k`, `min_tokens`, `ignore_eos`
-follow vLLM.
+follow vLLM, and so does `repetition_penalty`.
 """
 
 from typing import Annotated, Literal
@@ -20,6 +20,7 @@ CHOICES_MAX = 128  # OpenAI's limit for n
 TOP_LOGPROBS_MAX = 20  # OpenAI's limit
 TOKENS_MAX = 1_048_576  # longest context of any model in use
 METADATA_MAX = 64
+BIASES_MAX = 300  # OpenAI's limit
 
 # Names travel in headers, logs and terminals: no control characters (CloudEvents forbids them too). In Python's dialect
 # `$` alone would let a line break at the end pass; the look-ahead closes that gap and does no harm in JavaScript's.
@@ -30,6 +31,8 @@ Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenCount = Annotated[int, Meta(ge=1, le=TOKENS_MAX)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]  # OpenAI's range
+Bias = Annotated[float, Meta(ge=-100, le=100)]  # OpenAI's range
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Dollars = Annotated[
     str, Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,12})?$(?!\n)", description="US dollars, to the picodollar")
@@ -67,6 +70,10 @@ class SamplingFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=TOKENS_MAX)] = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Meta(ge=0.1, le=10)] = 1.0  # in use: 1.0 to 1.5
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=BIASES_MAX)] | None = None
     n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] = 1
     seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=STOPS_MAX)] | None = None

@@ -93,7 +93,20 @@ REFUSED: dict[str, tuple[str, Record]] = {
     "negative prompt token": (BAD, a_text({"prompt": [-1]})),
     "prompt token of 200 digits": (BAD, a_text({"prompt": [10**200]})),
     "stop token beyond the vocabulary": (BAD, a_chat({"stop_token_ids": [10**6]})),
-    "logit_bias": (BAD, a_chat({"logit_bias": {"99999999": 100}})),
+    "biased token beyond the vocabulary": (BAD, a_chat({"logit_bias": {"99999999": 100}})),
+    "biased token that is no number": (BAD, a_chat({"logit_bias": {"hello": 100}})),
+    "negative biased token": (BAD, a_chat({"logit_bias": {"-1": 100}})),
+    "biased token written as 05": (BAD, a_chat({"logit_bias": {"05": 100}})),
+    "bias beyond 100": (BAD, a_chat({"logit_bias": {"5": 100.5}})),
+    "bias of NaN in MessagePack": (BAD, record(packed(chat({"logit_bias": {5: float("nan")}})), MSGPACK)),
+    "too many biases": (BAD, a_chat({"logit_bias": {str(token): 1 for token in range(301)}})),
+    "biased token twice in MessagePack": (
+        BAD,
+        record(packed(chat({"logit_bias": {0: 1, 1: 2}})).replace(b"\x01\x02", b"\x00\x02"), MSGPACK),
+    ),
+    "frequency_penalty beyond 2": (BAD, a_chat({"frequency_penalty": 2.5})),
+    "presence_penalty of Infinity": (BAD, record(raw("Infinity", "presence_penalty"))),
+    "repetition_penalty of zero": (BAD, a_chat({"repetition_penalty": 0})),
     "max_tokens of zero": (BAD, a_chat({"max_tokens": 0})),
     "negative max_tokens": (BAD, a_chat({"max_tokens": -5})),
     "max_tokens of 2**63": (BAD, a_chat({"max_tokens": 2**63})),
@@ -218,6 +231,16 @@ ADMITTED: dict[str, Record] = {
     "temperature that would divide by nothing": a_chat({"temperature": 1e-300}),
     "top_k beyond the vocabulary": a_chat({"top_k": 1_000_000}),
     "smallest seed": a_chat({"seed": -(2**63)}),
+    "all penalties and 300 biases": a_chat(
+        {
+            "frequency_penalty": -2,
+            "presence_penalty": 2,
+            "repetition_penalty": 10,
+            "logit_bias": {str(token): 100 - token for token in range(200)} | {str(200 + t): -100 for t in range(100)},
+        }
+    ),
+    "biases in MessagePack": record(packed(chat({"logit_bias": {0: 1, 1: 2.5}})), MSGPACK),
+    "no biases": a_chat({"logit_bias": None}),
     "sixteen stops": a_chat({"stop": ["a" * 256] * 16}),
 }
 
@@ -260,7 +283,7 @@ def _splice(dice: random.Random, value: bytes) -> bytes:
 BODY_FIELDS = (
     "model", "messages", "prompt", "max_tokens", "min_tokens", "n", "seed", "stop", "temperature", "top_p", "top_k",
     "min_p", "stop_token_ids", "logprobs", "top_logprobs", "stream", "stream_options", "metadata", "user", "ignore_eos",
-    "unheard_of",
+    "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "unheard_of",
 )  # fmt: skip
 OUTER_FIELDS = ("custom_id", "tenant", "tier", "deadline", "max_cost", "url", "method", "body")
 

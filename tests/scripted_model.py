@@ -22,7 +22,7 @@ from engine.metering import Meter
 from engine.runner import Runner
 from engine.sampler import uniform
 from engine.scheduler import Scheduler
-from engine.types import Capacity, Request
+from engine.types import Capacity, Request, Sampling
 from kernels.reference import OPS
 
 NOWHERE = -1  # a position that no token has: the slot was never written
@@ -58,12 +58,23 @@ class Script:
             logits = self.logits_after(context).astype(np.float64)
             if np.isnan(logits).any():
                 break
-            if len(context) - len(request.prompt) < sampling.tokens_min:
-                logits[list(sampling.stop_token_ids)] = -np.inf
+            _steer(logits, sampling, request.prompt, context[len(request.prompt) :])
             context.append(_choose(logits, sampling.temperature, uniform(sampling.seed, choice, len(context))))
             if context[-1] in sampling.stop_token_ids:
                 break
         return context[len(request.prompt) :]
+
+
+def _steer(logits: np.ndarray, sampling: Sampling, prompt: tuple[int, ...], output: list[int]) -> None:
+    """The formula of engine/steering.py, token by token."""
+    for token in range(len(logits)):
+        count = output.count(token)
+        if count or token in prompt:
+            logits[token] *= sampling.repetition_penalty ** (-1 if logits[token] > 0 else 1)
+        logits[token] -= sampling.frequency_penalty * count + (sampling.presence_penalty if count else 0)
+        logits[token] += dict(sampling.logit_bias).get(token, 0)
+    if len(output) < sampling.tokens_min:
+        logits[list(sampling.stop_token_ids)] = -np.inf
 
 
 def _choose(logits: np.ndarray, temperature: float, draw: float) -> int:

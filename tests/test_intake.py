@@ -106,6 +106,13 @@ def test_logprobs_are_asked_for_in_openais_two_ways(intake):
     assert wanted(text()) is None
 
 
+def test_penalties_and_biases_reach_the_engine_as_they_were_asked_for(intake):
+    asked = {"frequency_penalty": 0.5, "presence_penalty": -1, "repetition_penalty": 1.25, "logit_bias": {"9": -100}}
+    sampling = admit(intake, chat(asked)).request.sampling
+    assert (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty) == (0.5, -1.0, 1.25)
+    assert sampling.logit_bias == ((9, -100.0),)
+
+
 def test_an_unnamed_length_is_the_default_as_far_as_the_context_goes(intake):
     def length(prompt: list[int]) -> int:
         request = text({"prompt": prompt})

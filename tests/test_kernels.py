@@ -431,7 +431,7 @@ GREEDY = replace(PLAIN, temperature=0.0)
 
 def distribution(logits: Tensor, settings: SamplingRow) -> list[tuple[int, float]]:
     """The tokens that may be drawn and their probabilities, likeliest first: the definition again, in plain Python."""
-    ids = sorted(set(range(len(logits))) - set(settings.banned), key=lambda i: (-logits[i].item(), i))
+    ids = sorted((i for i in range(len(logits)) if logits[i] > -math.inf), key=lambda i: (-logits[i].item(), i))
     ids = ids[: settings.top_k or None]
     mass = [math.exp((logits[i].item() - logits[ids[0]].item()) / settings.temperature) for i in ids]
     before = [0.0, *itertools.accumulate(mass)]
@@ -449,7 +449,6 @@ SETTINGS = {
     "top-p": replace(PLAIN, top_p=0.8),
     "min-p": replace(PLAIN, min_p=0.1),
     "all of them": replace(PLAIN, temperature=1.5, top_k=20, top_p=0.9, min_p=0.05),
-    "banned": replace(PLAIN, banned=(0, 7)),
 }
 
 
@@ -512,25 +511,30 @@ def test_a_row_without_a_largest_finite_logit_is_refused_alone(any_ops: Ops, tem
     logits = torch.randn(4, 6)
     logits[0, 3] = math.nan
     logits[1, 3] = math.inf
-    rows = [replace(PLAIN, temperature=temperature)] * 2 + [
-        replace(PLAIN, temperature=temperature, banned=tuple(range(6)))
-    ]
-    tokens = any_ops.sample(logits, [*rows, GREEDY]).tolist()
+    logits[2] = -math.inf
+    tokens = any_ops.sample(logits, [*[replace(PLAIN, temperature=temperature)] * 3, GREEDY]).tolist()
     assert tokens == [-1, -1, -1, int(logits[3].argmax())]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_banned_tokens_are_not_chosen_and_the_logits_stay_as_they_were(any_ops: Ops, temperature: float) -> None:
-    logits = torch.tensor([[50.0, 1.0, 0.0], [50.0, 1.0, 0.0]])
+@pytest.mark.parametrize("settings", [GREEDY, PLAIN, SETTINGS["top-k"], SETTINGS["all of them"]])
+@pytest.mark.parametrize("num_possible", [3, 100])
+def test_tokens_with_a_logit_of_minus_infinity_are_never_chosen(
+    any_ops: Ops, settings: SamplingRow, num_possible: int
+) -> None:
+    logits = torch.full((2, 600), -math.inf)
+    possible = torch.randperm(600)[:num_possible]
+    logits[:, possible] = torch.randn(num_possible)
     before = logits.clone()
-    rows = [replace(PLAIN, temperature=temperature, banned=(0, 2)), replace(PLAIN, temperature=temperature)]
-    assert any_ops.sample(logits, rows).tolist() == [1, 0]
+    chosen = any_ops.sample(logits, [replace(settings, uniform=0.0), replace(settings, uniform=1 - 1e-12)])
+    kept = [token for token, _ in distribution(logits[0], settings)] if settings.temperature else [chosen[0].item()]
+    assert chosen.tolist() == [kept[0], kept[-1]]
+    assert chosen[0] == logits[0].argmax()
     assert torch.equal(logits, before)
 
 
 def test_a_row_gets_the_same_token_alone_and_in_company(any_ops: Ops) -> None:
     logits = torch.randn(32, 1000) * 2
-    rows = [replace(s, uniform=u) for s, u in zip(4 * list(SETTINGS.values()), torch.rand(32).tolist(), strict=True)]
+    rows = [replace(s, uniform=u) for s, u in zip(itertools.cycle(SETTINGS.values()), torch.rand(32).tolist())]
     together = any_ops.sample(logits, rows).tolist()
     assert together == [any_ops.sample(logits[i : i + 1], rows[i : i + 1]).item() for i in range(32)]
 

@@ -79,6 +79,11 @@ samplings = st.builds(
     seed=st.integers(-(2**63), 2**64 - 1),
     stop_token_ids=st.just(()) | st.tuples(st.integers(0, VOCABULARY - 1)),
     num_logprobs=st.none() | st.integers(0, 3),
+    # Exact in binary, so that what ties in the script's 64 bits ties in the engine's 32.
+    frequency_penalty=st.just(0.0) | st.sampled_from([-0.75, 0.5]),
+    presence_penalty=st.just(0.0) | st.sampled_from([-0.25, 1.25]),
+    repetition_penalty=st.just(1.0) | st.sampled_from([0.5, 2.0]),
+    logit_bias=st.just(()) | st.just(((2, 33.0), (5, -100.0))),
     num_choices=st.integers(1, 3),
 ).filter(lambda sampling: sampling.tokens_min <= sampling.tokens_max)
 
@@ -371,6 +376,16 @@ def test_the_context_ends_a_sequence_as_its_length():
         (request(seed=2**64), "seed"),
         (request(num_logprobs=-1), "num_logprobs"),
         (request(num_logprobs=21), "num_logprobs"),
+        (request(frequency_penalty=2.1), "frequency_penalty"),
+        (request(frequency_penalty=float("nan")), "frequency_penalty"),
+        (request(presence_penalty=-2.1), "presence_penalty"),
+        (request(repetition_penalty=0.0), "repetition_penalty"),
+        (request(repetition_penalty=float("inf")), "repetition_penalty"),
+        (request(logit_bias=((50, 1.0),)), "logit_bias"),
+        (request(logit_bias=((-1, 1.0),)), "logit_bias"),
+        (request(logit_bias=((1, 1.0), (1, 2.0))), "token twice"),
+        (request(logit_bias=((1, 100.1),)), "value of logit_bias"),
+        (request(logit_bias=((1, float("nan")),)), "value of logit_bias"),
         (request(stop_token_ids=(50,)), "stop token"),
         (request(stop_token_ids=(1,) * 65), "stop tokens"),
     ],

@@ -97,6 +97,10 @@ MESSAGES: dict[str, codec.AnyResult | AnyGenerate] = {
             max_completion_tokens=64,
             temperature=0.7,
             n=2,
+            frequency_penalty=0.5,
+            presence_penalty=-0.25,
+            repetition_penalty=1.1,
+            logit_bias={7: -100.0, 50256: 2.5},
             seed=-1,
             stop=["\n\n"],
             logprobs=True,
@@ -284,15 +288,22 @@ def test_a_pattern_admits_no_line_break_at_the_end(field, value):
     assert field in str(refused(line(chat(**{field: value}))))
 
 
-PARTS = chat({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "metadata": {"a": "1"}})
+PARTS = chat(
+    {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+        "metadata": {"a": "1"},
+        "logit_bias": {"0": 1},
+    }
+)
 
 
-@pytest.mark.parametrize("field", ["tenant", "model", "role", "text", "a"])
+@pytest.mark.parametrize("field", ["tenant", "model", "role", "text", "a", "0"])
 def test_a_field_given_twice_is_refused_wherever_it_is(field):
     """The decoder silently takes the last one."""
     once = line({"tenant": "b", **PARTS})
     decode_request(once)
-    twice = once.replace(f'"{field}":'.encode(), f'"{field}":"user","{field}":'.encode())
+    value = "2.5" if field == "0" else '"user"'
+    twice = once.replace(f'"{field}":'.encode(), f'"{field}":{value},"{field}":'.encode())
     assert "twice" in str(refused(twice))
 
 

@@ -151,6 +151,8 @@ class Intake:
             raise invalid(f"n is {body.n}; at most {self._limits.choices_max} choices are given")
         if any(token >= self._capacity.vocab_size for token in body.stop_token_ids):
             raise invalid(f"stop_token_ids: the model's tokens go up to {self._capacity.vocab_size - 1}")
+        if any(token >= self._capacity.vocab_size for token in body.logit_bias or ()):
+            raise invalid(f"logit_bias: the model's tokens go up to {self._capacity.vocab_size - 1}")
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options is there for stream: true alone")
         if isinstance(body, ChatBody):
@@ -219,6 +221,10 @@ class Intake:
             top_k=body.top_k if body.top_k < self._capacity.vocab_size else 0,
             top_p=body.top_p,
             min_p=body.min_p,
+            frequency_penalty=body.frequency_penalty,
+            presence_penalty=body.presence_penalty,
+            repetition_penalty=body.repetition_penalty,
+            logit_bias=tuple((body.logit_bias or {}).items()),
             seed=_seed(record) if body.seed is None else body.seed % 2**63,
             stop_token_ids=(*(() if body.ignore_eos else self._eos), *body.stop_token_ids),
             num_logprobs=_num_logprobs(generate),

@@ -36,27 +36,17 @@ class _Candidates:
 
     logits: NDArray[np.float64]  # (n,) falling, equal ones by rising id
     ids: NDArray[np.int64]  # (n,)
-    are_all: bool  # the whole vocabulary
+    are_all: bool  # nothing else can be drawn
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow], greatest: Greatest = _greatest) -> Tensor:
     """As the definition, but that draws within 1e-6 of a boundary between two tokens may fall on its other side."""
-    logits = _without_banned(logits, rows)
     largest, tokens = greatest(logits)
     tokens[~largest.isfinite()] = -1
     drawn = [i for i, row in enumerate(rows) if row.temperature > 0 and tokens[i] >= 0]
     if drawn:
         tokens[drawn] = torch.tensor(_draw_all(logits[drawn], largest[drawn], [rows[i] for i in drawn]))
     return tokens
-
-
-def _without_banned(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    banned = [(i, token) for i, row in enumerate(rows) for token in row.banned]
-    if not banned:
-        return logits
-    logits = logits.clone()
-    logits[tuple(torch.tensor(banned).T)] = -torch.inf
-    return logits
 
 
 def _draw_all(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -90,7 +80,7 @@ def _likeliest(logits: Tensor, num: int) -> Iterator[_Candidates]:
     top, ids = logits.topk(num, dim=1, sorted=False)
     for row_top, row_ids in zip(top.double().numpy(), ids.numpy(), strict=True):
         order = np.lexsort((row_ids, -row_top))[: (row_top > row_top.min()).sum()]
-        yield _Candidates(row_top[order], row_ids[order], are_all=False)
+        yield _Candidates(row_top[order], row_ids[order], are_all=row_top.min() == -np.inf)
 
 
 def _draw(logits: Tensor, candidates: _Candidates, row: SamplingRow, mass: float) -> int:

@@ -32,10 +32,6 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     if not rows:
         return tokens
-    banned = [(i, token) for i, row in enumerate(rows) for token in row.banned]
-    if banned:
-        logits = logits.clone()
-        logits[tuple(torch.tensor(banned, device=logits.device).T)] = -torch.inf
     settings = torch.tensor(
         [(row.temperature, row.top_k, row.top_p, row.min_p, row.uniform) for row in rows], dtype=torch.float64
     )
