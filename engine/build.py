@@ -31,9 +31,8 @@ def build(config: EngineConfig, model_path: Path, progress: Progress | None = No
         torch.set_num_threads(config.threads)
     device = _device(config)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    weights = config.weights if config.weights != "auto" else "fp32" if device.type == "cpu" else "bf16"
     ops = pick(device)
-    decoder = load(model_path, ops, weights=weights, dtype=dtype, device=device, progress=progress)
+    decoder = load(model_path, ops, weights=config.weights, dtype=dtype, device=device, progress=progress)
     blocks = BlockCache(_num_blocks(config, decoder), config.block_size)
     cache = KVCache.allocate(decoder.spec, blocks.num_blocks, config.block_size, dtype, device)
     capacity = _capacity(config, decoder, blocks)

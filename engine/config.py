@@ -23,7 +23,9 @@ class EngineConfig:
     """How the engine uses the machine. Raises EngineMisconfigured where the numbers cannot work together."""
 
     device: str = "cpu"
-    weights: str = "auto"  # a name in engine/quant FORMATS, or auto: as the checkpoint has them
+    weights: str = (
+        "auto"  # a name in engine/quant FORMATS, or auto: as the checkpoint has them, floats as the device likes
+    )
     threads: int = 0  # processor threads of tensor work; 0: all cores
 
     block_size: int = 16  # vLLM's too: prefixes are shared in whole blocks, and a sequence wastes half of one

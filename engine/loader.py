@@ -22,9 +22,10 @@ from torch import Tensor
 from engine.errors import ModelError
 from engine.models import ARCHITECTURES, Architecture, Decoder, ModelSpec
 from engine.models.hf import GenerationConfig, token_ids
-from engine.models.layers import DENSE_FORMATS, Weights
+from engine.models.layers import AUTO, Weights
 from engine.models.parameters import Parameter, parameters
-from engine.quant import FORMATS
+from engine.quant import DENSE_FORMATS, FORMATS, Kept
+from engine.schemes import FLOATS, Entry, Plain, Scheme, Source, Stored, Wanted, scheme_of
 from kernels.ops import Ops
 
 T = TypeVar("T")
@@ -34,20 +35,21 @@ CONFIG_BYTES_MAX = 1 << 20  # the longest published one, with a thousand labels,
 INDEX_BYTES_MAX = 64 << 20  # a name of 70 characters for each of half a million tensors
 SHARDS_MAX = 1024  # the largest published checkpoints have 200; each holds a file open while we read
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what we read, by safetensors' names
+DTYPES = {  # what we read, by safetensors' names
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that Llama checkpoints of 2023 carry along
 
 
 class _Index(Struct):
     weight_map: dict[str, str]  # tensor name -> file
-
-
-class _Entry(Struct):
-    """Where a file's header says that a tensor is; of the header's `__metadata__` nothing is left."""
-
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    data_offsets: tuple[int, int] = (0, 0)
 
 
 def load(
@@ -61,19 +63,27 @@ def load(
 ) -> Decoder:
     """The model of the folder `path`, its layers' matrices in the weight format `weights`, computing in `dtype`.
 
-    `weights` is one of `FORMATS`: int8 and int4 are made here, from whatever floats the folder holds. `progress` hears
-    of each tensor. Raises ModelError for whatever is wrong with the folder or the settings.
+    `weights` is one of `FORMATS`, made here from whatever the folder holds, or AUTO: as the folder holds them, floats
+    in `dtype`. `progress` hears of each parameter.
+    Raises ModelError for whatever is wrong with the folder or the settings.
     """
-    if weights not in FORMATS:
-        raise ModelError(f"weights {weights!r} is not one of {', '.join(FORMATS)}")
+    if weights not in (AUTO, *FORMATS):
+        raise ModelError(f"weights {weights!r} is not one of {', '.join((AUTO, *FORMATS))}")
     if dtype not in DENSE_FORMATS:
         raise ModelError(f"dtype {dtype} is not one of {', '.join(map(str, DENSE_FORMATS))}")
-    architecture, spec = _read_config(path)
+    with open_checkpoint(path, progress) as (spec, checkpoint):
+        return Decoder(spec, Weights(checkpoint, ops, weights, dtype, torch.device(device)))
+
+
+@contextmanager
+def open_checkpoint(path: Path, progress: Progress | None = None) -> Iterator[tuple[ModelSpec, "Checkpoint"]]:
+    """What the folder's model is, and its tensors, all of them checked. Raises ModelError as `load` does."""
+    architecture, spec, scheme = _read_config(path)
     with ExitStack() as files:
         shards = [files.enter_context(_open_shard(file)) for file in _shard_files(path)]
-        checkpoint = Checkpoint(architecture, shards, progress)
+        checkpoint = Checkpoint(architecture, scheme, shards, progress)
         checkpoint.check(spec)
-        return Decoder(spec, Weights(checkpoint, ops, weights, dtype, torch.device(device)))
+        yield spec, checkpoint
 
 
 def read_spec(path: Path) -> ModelSpec:
@@ -81,7 +91,7 @@ def read_spec(path: Path) -> ModelSpec:
     return _read_config(path)[1]
 
 
-def _read_config(path: Path) -> tuple[Architecture, ModelSpec]:
+def _read_config(path: Path) -> tuple[Architecture, ModelSpec, Scheme]:
     config = _read_json(path / "config.json", dict[str, Any], CONFIG_BYTES_MAX)
     listed = config.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else None
@@ -93,15 +103,20 @@ def _read_config(path: Path) -> tuple[Architecture, ModelSpec]:
     if generation.exists():  # it may name more tokens that end an answer, and has the last word
         ids = token_ids(_read_json(generation, GenerationConfig, CONFIG_BYTES_MAX).eos_token_id)
         spec = replace(spec, eos_token_ids=ids) if ids else spec
-    return architecture, spec
+    return architecture, spec, scheme_of(config)
 
 
 class Checkpoint:
-    """The tensors of open shards, under our names: the decoder's `Tensors`."""
+    """The tensors of open shards, as our parameters: the decoder's `Tensors`."""
 
-    def __init__(self, architecture: Architecture, shards: Sequence["_Shard"], progress: Progress | None) -> None:
+    def __init__(
+        self, architecture: Architecture, scheme: Scheme, shards: Sequence["_Shard"], progress: Progress | None = None
+    ) -> None:
         self._architecture = architecture
+        self._scheme = scheme
         self._shards = {name: shard for shard in shards for name in shard.entries}
+        self._entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
+        self._sources: dict[Parameter, Source] = {}
         self._progress = progress
         self._bytes_total = self._bytes_done = 0
 
@@ -110,44 +125,73 @@ class Checkpoint:
 
         Raises ModelError for a tensor that is missing, misshapen, of a type that we do not read, or there without need.
         """
-        surplus = {name for name in self._shards if not name.endswith(RECOMPUTED)}
         shapes = parameters(spec)
         num_alike = Counter((parameter.role, parameter.layer) for parameter in shapes)
         for parameter, shape in shapes.items():
-            name, packed = self._architecture.tensor_name(parameter), self._architecture.packed(parameter)
-            stored = packed.shape(shape, num_alike[parameter.role, parameter.layer]) if packed else shape
-            self._bytes_total += prod(shape) * self._bytes_each(name, stored)
-            surplus.discard(name)
+            source = self._source(parameter, shape, num_alike[parameter.role, parameter.layer])
+            for stored in source.tensors.values():
+                self._verify(stored)
+            self._sources[parameter] = source
+            self._bytes_total += self._bytes_of(source)
+        self._refuse_surplus(spec)
+
+    def _source(self, parameter: Parameter, shape: tuple[int, ...], num_alike: int) -> Source:
+        architecture = self._architecture
+        name, packed = architecture.tensor_name(parameter), architecture.packed(parameter)
+        wanted = Wanted(parameter, shape, name, packed, num_alike)
+        return self._scheme.source(wanted, self._entries) or Plain().source(wanted, self._entries)
+
+    def _verify(self, stored: Stored) -> None:
+        """Raise ModelError unless the tensor is there as it should be."""
+        there = self._entries.get(stored.name)
+        if there is None:
+            raise ModelError(f"tensor {stored.name} is missing: the download may be incomplete")
+        if there.shape != stored.shape:
+            raise ModelError(f"tensor {stored.name} has the shape {there.shape}, config.json makes it {stored.shape}")
+        if there.dtype not in stored.dtypes:
+            raise ModelError(f"tensor {stored.name} is of type {there.dtype}, not one of {', '.join(stored.dtypes)}")
+
+    def _refuse_surplus(self, spec: ModelSpec) -> None:
+        used = {stored.name for source in self._sources.values() for stored in source.tensors.values()}
         if spec.tied_embeddings:
-            surplus.discard(self._architecture.tensor_name(Parameter("head")))  # a second copy of the embedding
-        if surplus:
+            used.add(self._architecture.tensor_name(Parameter("head")))  # a second copy of the embedding
+        unused = [name for name in self._entries if name not in used]
+        if surplus := [name for name in unused if not self._is_ignored(name)]:
             raise ModelError(
                 f"tensor {min(surplus)} and {len(surplus) - 1} others belong to no part of the model that config.json "
                 "describes: it would not be the model that was trained"
             )
 
-    def _bytes_each(self, name: str, shape: tuple[int, ...]) -> int:
-        """What one number of the tensor takes, once the tensor is known to be as it should."""
-        if name not in self._shards:
-            raise ModelError(f"tensor {name} is missing: the download may be incomplete")
-        there = self._shards[name].entries[name]
-        if there.shape != shape:
-            raise ModelError(f"tensor {name} has the shape {there.shape}, config.json makes it {shape}")
-        if there.dtype not in DTYPES:
-            raise ModelError(f"tensor {name} is of type {there.dtype}, not one of {', '.join(DTYPES)}")
-        return DTYPES[there.dtype].itemsize
+    def _is_ignored(self, name: str) -> bool:
+        """Whether the tensor changes nothing."""
+        if name.endswith(self._scheme.ignored_zeros) and self._entries[name].dtype in FLOATS:
+            return not self._shards[name].read(name).any()
+        return name.endswith((RECOMPUTED, *self._scheme.ignored))
 
-    def take(self, parameter: Parameter) -> Tensor:
-        """The tensor as the file has it, in memory of its own. Raises ModelError where the file ends too early."""
-        name, packed = self._architecture.tensor_name(parameter), self._architecture.packed(parameter)
-        if packed and parameter.expert is not None:
-            tensor = packed.part(self._shards[name].read_one(name, parameter.expert))
-        else:
-            tensor = self._shards[name].read(name)
-        self._bytes_done += tensor.nbytes
+    def _bytes_of(self, source: Source) -> int:
+        """What is read for a parameter, as far as it is its own."""
+        entries = [self._entries[stored.name] for stored in source.tensors.values()]
+        num_experts = 1 if source.expert is None else entries[0].shape[0]
+        return sum(prod(one.shape) * DTYPES[one.dtype].itemsize for one in entries) // num_experts // source.share
+
+    def take(self, parameter: Parameter) -> Kept:
+        """The parameter as the files have it, in memory of its own.
+
+        Raises ModelError where a file ends too early, or holds numbers that make no sense.
+        """
+        source = self._sources[parameter]
+        try:
+            kept = source.unpack({part: self._read(stored, source) for part, stored in source.tensors.items()})
+        except ValueError as error:
+            raise ModelError(f"tensor {next(iter(source.tensors.values())).name}: {error}") from error
+        self._bytes_done += self._bytes_of(source)
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)
-        return tensor
+        return kept
+
+    def _read(self, stored: Stored, source: Source) -> Tensor:
+        shard = self._shards[stored.name]
+        return shard.read(stored.name) if source.expert is None else shard.read_one(stored.name, source.expert)
 
 
 class _Shard:
@@ -155,7 +199,7 @@ class _Shard:
 
     def __init__(self, file: BufferedReader) -> None:
         header_bytes = int.from_bytes(file.read(8), "little")
-        header = msgspec.json.decode(file.read(header_bytes), type=dict[str, _Entry])
+        header = msgspec.json.decode(file.read(header_bytes), type=dict[str, Entry])
         self.entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         self._file = file
         self._start = 8 + header_bytes
@@ -170,10 +214,10 @@ class _Shard:
         entry = self.entries[name]
         return self._read(entry, entry.shape[1:], index)
 
-    def _read(self, entry: _Entry, shape: tuple[int, ...], index: int) -> Tensor:
+    def _read(self, entry: Entry, shape: tuple[int, ...], index: int) -> Tensor:
         tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
         self._file.seek(self._start + entry.data_offsets[0] + index * tensor.nbytes)
-        if self._file.readinto(tensor.view(torch.uint8).numpy().data) != tensor.nbytes:
+        if self._file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
             raise ModelError(f"{self._file.name} has become shorter while it was read")
         return tensor
 

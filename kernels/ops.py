@@ -109,9 +109,9 @@ class Experts(Protocol):
 
 @dataclass(frozen=True)
 class WeightKernel:
-    """How a backend multiplies by one weight format: `prepare` and `stack` once at load, `linear` at every step.
+    """How a backend multiplies by one layout: `prepare` and `stack` once at load, `linear` at every step.
 
-    `prepare` takes the format's parts by name (`engine/quant` documents them) and returns what `linear` likes best.
+    `prepare` takes the layout's parts by name (`kernels/weights.py`) and returns what `linear` likes best.
     `stack` takes the prepared matrices of all experts, of one shape, and returns the same in the form that
     `Ops.experts` likes best.
     """
@@ -169,7 +169,7 @@ class Ops:
     """
 
     weights: Mapping[str, WeightKernel]
-    """By weight format. A format without an entry is unpacked and multiplied: slow and right."""
+    """By layout. One without an entry is unpacked and multiplied: slow and right."""
 
 
 @dataclass(frozen=True)

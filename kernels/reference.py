@@ -217,7 +217,7 @@ def quantize_rows(x: Tensor) -> Tensor:
 
 
 def _unpacked(dequantize: Callable[[weights.Parts], Tensor]) -> WeightKernel:
-    """Unpack to fp32 once, multiply in fp32: right for every format, at four bytes a weight."""
+    """Unpack to fp32 once, multiply in fp32: right for every layout, at four bytes a weight."""
     return WeightKernel(prepare=lambda parts: dequantize(parts).float(), linear=linear)
 
 
@@ -234,10 +234,5 @@ OPS = Ops(
     experts=experts,
     sample=sample,
     logprobs=logprobs,
-    weights={
-        "fp32": _unpacked(weights.dequantize_dense),
-        "bf16": _unpacked(weights.dequantize_dense),
-        "int8": _unpacked(weights.dequantize_int8),
-        "int4": _unpacked(weights.dequantize_int4),
-    },
+    weights={layout: _unpacked(dequantize) for layout, dequantize in weights.DEQUANTIZE.items()},
 )

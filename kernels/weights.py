@@ -1,26 +1,39 @@
-"""How quantized weights are stored, and what they stand for.
+"""How weights are stored, and what they stand for.
 
-Owns the meaning of the int8 and int4 parts: the engine's formats make them, every backend's `prepare` reads them. Never
-chooses how to multiply. A weight is (out, in), as checkpoints keep it; `parts` is a mapping from name to tensor.
+Owns the meaning of every layout's parts: the engine's formats and its readers of checkpoints make them, every backend's
+`prepare` reads them. Never chooses how to multiply. A weight is (out, in), as checkpoints keep it; `parts` is a mapping
+from name to tensor, whose first dimension is `out` in every part, so that matrices are put together part by part.
 
-    dense   {"weight": (out, in) fp32 or bf16}
-    int8    {"q": (out, in) int8, "scale": (out,) fp32}                    weight = q * scale
-    int4    {"q": (out, in / 2) uint8, "scale", "zero": (out, in / 32)}    weight = (nibble - 8) * scale + zero
+    fp32, bf16   {"weight": (out, in)}
+    int8         {"q": (out, in) int8, "scale": (out,) fp32}                 weight = q * scale
+    int4         {"q": (out, in / 2) uint8, "scale", "zero": (out, groups)}  weight = (nibble - 8) * scale + zero
+    fp8          {"q": (out, in) e4m3, "scale": (out, groups) fp32}          weight = q * scale
+    mxfp4        {"q": (out, in / 2) uint8, "scale": (out, in / 32) uint8}   weight = e2m1(nibble) * 2^(scale - 127)
 
-An int4 byte holds two neighbours along `in`, the first in the low nibble. A group is 32 neighbours along `in`, so `in`
-is a multiple of 32; its scale and zero are bf16.
+A byte of nibbles holds two neighbours along `in`, the first in the low one. Scales belong to groups of neighbours along
+`in`. Ours are numbers that bf16 holds; those that others publish may have more bits, of which a backend may keep what
+bf16 keeps: that changes a scale by 2^-9 at most, and a zero, of up to 8 steps, by 1/64 of a step.
+
+    int8    all of a row
+    int4    in / groups of them, a multiple of 32; scale and zero are bf16 or fp32
+    fp8     all of a row, or 128 (the last group may be shorter)
+    mxfp4   32; e2m1 is a sign, two bits of exponent and one of mantissa (OCP Microscaling Formats 1.0)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 Parts = Mapping[str, Tensor]
 
-# 32 as in GGUF's Q4 formats: one outlier spoils 31 neighbours. Scale and zero in bf16 make it 5 bits a weight.
+# The smallest group of int4, which every backend reads: larger ones are repeated to it (`int4_by_32`).
 INT4_GROUP = 32
 INT4_MIDDLE = 8  # nibbles 0..15 stand for -8..7, and `zero` is the value of the middle one
+FP8_GROUP = 128  # DeepSeek-V3's (arXiv 2412.19437, 3.3) and Qwen3's blocks are 128 x 128
+MXFP4_GROUP = 32
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits; the fourth is the sign
+E8M0_BIAS = 127
 
 
 def dequantize_dense(parts: Parts) -> Tensor:
@@ -35,17 +48,50 @@ def dequantize_int8(parts: Parts) -> Tensor:
 
 def dequantize_int4(parts: Parts) -> Tensor:
     """(out, in) fp32."""
-    levels = unpack_int4(parts["q"]).float() - INT4_MIDDLE  # (out, in)
-    groups = levels.view(len(levels), -1, INT4_GROUP)  # (out, groups, 32)
+    levels = unpack_nibbles(parts["q"]).float() - INT4_MIDDLE  # (out, in)
+    groups = levels.view(*parts["scale"].shape, -1)  # (out, groups, group)
     return groups.mul_(parts["scale"].float()[..., None]).add_(parts["zero"].float()[..., None]).flatten(1)
 
 
-def pack_int4(levels: Tensor) -> Tensor:
+def dequantize_fp8(parts: Parts) -> Tensor:
+    """(out, in) fp32."""
+    q, scale = parts["q"].float(), parts["scale"]
+    if scale.shape[1] > 1:
+        scale = scale.repeat_interleave(FP8_GROUP, dim=1)[:, : q.shape[1]]
+    return q * scale
+
+
+def dequantize_mxfp4(parts: Parts) -> Tensor:
+    """(out, in) fp32, exact in bf16 too: two bits of precision and an exponent that bf16 has."""
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=parts["q"].device)
+    values = table[unpack_nibbles(parts["q"]).int()].view(*parts["scale"].shape, -1)  # (out, groups, 32)
+    return torch.ldexp(values, parts["scale"].int()[..., None] - E8M0_BIAS).flatten(1)
+
+
+DEQUANTIZE: Mapping[str, Callable[[Parts], Tensor]] = {
+    "fp32": dequantize_dense,
+    "bf16": dequantize_dense,
+    "int8": dequantize_int8,
+    "int4": dequantize_int4,
+    "fp8": dequantize_fp8,
+    "mxfp4": dequantize_mxfp4,
+}
+"""By layout."""
+
+
+def int4_by_32(parts: Parts) -> Parts:
+    """The same int4 weight in groups of 32, scales and zeros in bf16."""
+    repeats = 2 * parts["q"].shape[1] // INT4_GROUP // parts["scale"].shape[1]
+    groups = {name: parts[name].bfloat16().repeat_interleave(repeats, dim=1) for name in ("scale", "zero")}
+    return {"q": parts["q"], **groups}
+
+
+def pack_nibbles(levels: Tensor) -> Tensor:
     """Integers 0..15 (out, in), `in` even -> bytes (out, in / 2)."""
     levels = levels.to(torch.uint8)
     return levels[:, 0::2] | (levels[:, 1::2] << 4)
 
 
-def unpack_int4(packed: Tensor) -> Tensor:
-    """The inverse of `pack_int4`: uint8 0..15 (out, in)."""
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`: uint8 0..15 (out, in)."""
     return torch.stack([packed & 0xF, packed >> 4], dim=2).flatten(1)

@@ -62,7 +62,7 @@ def main() -> int:
                 is_within = error <= ERROR_MAX and on_cpu <= cpu_max
                 failures += not is_within
                 errors = f"{error:.1e} <= {ERROR_MAX:.0e}   cpu {on_cpu:.1e} <= {cpu_max:.0e}"
-                print(f"{name:12} {weights:5} {errors}{'' if is_within else '   OUT OF BOUNDS'}", flush=True)
+                print(f"{name:12} {weights:10} {errors}{'' if is_within else '   OUT OF BOUNDS'}", flush=True)
     print(f"{failures} out of bounds")
     return min(failures, 1)
 
@@ -122,7 +122,7 @@ def rounded(checkpoint: Path, weights: str) -> Path:
     tensors[head] = _as_kept(tensors.get(head, tensors[embedding]), FORMATS[weights].head)
     for parameter in _kept_in_a_format(checkpoint):
         tensor, packed = tensors[architecture.tensor_name(parameter)], architecture.packed(parameter)
-        matrix = packed.part(tensor[parameter.expert]) if packed else tensor
+        matrix = packed.part(tensor[parameter.expert]) if packed and parameter.expert is not None else tensor
         matrix.copy_(_as_kept(matrix, weights))
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     # The rounded head is no longer the embedding, which is not rounded.

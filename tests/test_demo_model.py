@@ -21,6 +21,7 @@ from engine.models.decoder import Decoder, KVCache
 from engine.models.layers import Weights
 from engine.models.parameters import Parameter, parameters
 from engine.models.spec import Dense, GroupedQuery, LayerSpec, Mixture, ModelSpec, Rope
+from engine.quant import Kept
 from kernels.ops import AttentionBatch
 from kernels.reference import OPS
 
@@ -51,8 +52,8 @@ class Dictionary:
     def __init__(self, tensors: dict[Parameter, Tensor]) -> None:
         self.tensors = tensors
 
-    def take(self, parameter: Parameter) -> Tensor:
-        return self.tensors[parameter]
+    def take(self, parameter: Parameter) -> Kept:
+        return Kept.plain(self.tensors[parameter])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def dense() -> Dictionary:
 def carvings(dense: Dictionary) -> list[Carving]:
     seen: list[Observation] = []
     observe(DENSE, dense, TEXTS, seen.append)
-    downs = [dense.take(Parameter("feed_forward.down", layer)) for layer in range(2)]
+    downs = [dense.tensors[Parameter("feed_forward.down", layer)] for layer in range(2)]
     return [carve(of_layer, down, MIXTURE, seed=5) for of_layer, down in zip(seen, downs, strict=True)]
 
 
@@ -85,7 +86,7 @@ class TestCarving:
     def test_the_same_seed_makes_the_same_experts(self, dense: Dictionary, carvings: list[Carving]) -> None:
         seen: list[Observation] = []
         observe(DENSE, dense, TEXTS, seen.append)
-        again = carve(seen[0], dense.take(Parameter("feed_forward.down", 0)), MIXTURE, seed=5)
+        again = carve(seen[0], dense.tensors[Parameter("feed_forward.down", 0)], MIXTURE, seed=5)
         assert torch.equal(again.experts, carvings[0].experts)
         assert torch.equal(again.router, carvings[0].router)
 

@@ -17,6 +17,7 @@ from kernels.backends import BACKENDS, pick
 from kernels.cpu.native.build import INSTRUCTION_SETS
 from kernels.cpu.native.build import load as load_kernels
 from kernels.ops import AttentionBatch, Ops, SamplingRow
+from kernels.weights import int4_by_32
 from tests import triton_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -25,6 +26,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 # rounded, 2^-9 each, and a gated product once more in between.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
+
+MULTIPLIED = ["fp32", "bf16", "int8", "int4"]  # by every backend, and named after their layout
 
 # The C++ table once for each of its instruction sets.
 TABLES = [name for name in BACKENDS if name != "cpu"] + [f"cpu-{name}" for name in INSTRUCTION_SETS]
@@ -85,8 +88,10 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are() -> None:
         pick("cpu", "abacus")
 
 
-def test_every_backend_multiplies_by_every_format(any_ops: Ops) -> None:
-    assert set(any_ops.weights) == set(FORMATS)
+def test_every_backend_multiplies_by_the_usual_formats_and_the_definition_by_all(any_ops: Ops) -> None:
+    """What a backend lacks is unpacked at load: `test_loader.py`."""
+    assert set(any_ops.weights) >= set(MULTIPLIED)
+    assert set(reference.OPS.weights) == {kept.layout for kept in FORMATS.values()}
 
 
 # ---------------------------------------------------------------------------------------------------- norms, activation
@@ -279,7 +284,7 @@ NUM_ROWS = [0, 1, 4, 5, 33, 129]  # either side of each limit between two paths
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", MULTIPLIED)
 def test_linear_agrees_with_the_definition(ops: Ops, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     if name == "int4" and shape[0] % 32:
         pytest.skip("int4 takes whole groups of 32 alone")
@@ -291,6 +296,17 @@ def test_linear_agrees_with_the_definition(ops: Ops, name: str, shape: tuple[int
         x = torch.randn(num_rows, shape[0]).to(dtype)
         multiplied = reference.quantize_rows(x) if quantizes_rows(ops, name) else x
         assert_close(kernel.linear(x, weight), definition.linear(multiplied, expected_weight).to(dtype), tolerance)
+
+
+@pytest.mark.parametrize("num_rows", [1, 200])
+def test_larger_groups_of_int4_are_multiplied_as_the_groups_of_32_in_them(any_ops: Ops, num_rows: int) -> None:
+    """And scales of more bits than bf16 has as bf16, but by the definition."""
+    parts = dict(FORMATS["int4-g128"].quantize(torch.randn(48, 256)))
+    kernel, x = any_ops.weights["int4"], torch.randn(num_rows, 256)
+    expected = kernel.linear(x, kernel.prepare(int4_by_32(parts)))
+    assert torch.equal(kernel.linear(x, kernel.prepare(parts)), expected)
+    finer = parts | {name: parts[name].float() * (1 + 2**-10) for name in ("scale", "zero")}
+    assert torch.equal(kernel.linear(x, kernel.prepare(finer)), expected) == (any_ops.name != "reference")
 
 
 def quantizes_rows(ops: Ops, name: str) -> bool:
@@ -318,7 +334,7 @@ def test_a_quantized_group_with_anything_not_finite_is_all_nan(what: float) -> N
 
 
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", MULTIPLIED)
 def test_what_is_not_finite_shows_in_its_own_row_alone(any_ops: Ops, name: str) -> None:
     kernel = any_ops.weights[name]
     weight = kernel.prepare(FORMATS[name].quantize(torch.randn(64, 96)))
@@ -329,7 +345,7 @@ def test_what_is_not_finite_shows_in_its_own_row_alone(any_ops: Ops, name: str) 
 
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")
 @pytest.mark.parametrize("num_rows", [2, 5, 40, 200])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", MULTIPLIED)
 def test_a_row_is_multiplied_alike_whatever_its_neighbours_hold(any_ops: Ops, name: str, num_rows: int) -> None:
     kernel = any_ops.weights[name]
     weight = kernel.prepare(FORMATS[name].quantize(torch.randn(64, 96)))
@@ -344,7 +360,7 @@ def test_a_row_is_multiplied_alike_whatever_its_neighbours_hold(any_ops: Ops, na
 
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 19])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", MULTIPLIED)
 @pytest.mark.parametrize(("num_experts", "num_chosen"), [(8, 7), (5, 1), (16, 2)])
 def test_experts_agree_with_the_definition(
     ops: Ops, name: str, num_experts: int, num_chosen: int, num_tokens: int

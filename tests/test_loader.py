@@ -48,7 +48,7 @@ class TestWeightFormats:
             load(tiny_llama(tmp_path, hidden_size=48), OPS, weights="int4", dtype=torch.float32)
 
     def test_an_unknown_format_or_dtype_is_refused(self, llama: Path) -> None:
-        with pytest.raises(ModelError, match=r"int3.*fp32, bf16, int8, int4"):
+        with pytest.raises(ModelError, match=r"int3.*auto, fp32, bf16, int8"):
             load(llama, OPS, weights="int3", dtype=torch.float32)
         with pytest.raises(ModelError, match="float16"):
             load(llama, OPS, weights="fp32", dtype=torch.float16)
@@ -226,7 +226,7 @@ class TestHostileFolders:
             ("sliding_window", 128),
             ("mlp_bias", True),
             ("eos_token_id", [1] * 1000),
-            ("quantization_config", {"quant_method": "mxfp4"}),
+            ("quantization_config", {"quant_method": "bitsandbytes"}),
             ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}),
             ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1.0}),
             ("rope_parameters", {"rope_type": "yarn", "beta_fast": 2.0, "beta_slow": 2.0}),

@@ -171,7 +171,7 @@ class Engine:
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1; auto: cuda where there is one."""
     weights: str = "auto"
-    """Number format of the weights: fp32, bf16, int8, int4; auto: the checkpoint's."""
+    """Weights: fp32, bf16, int8, fp8, fp8-blocks, int4, int4-g64, int4-g128, mxfp4; auto: the checkpoint's."""
     threads: Annotated[int, between(0, 1024)] = 0
     """Processor threads; 0: all cores."""
     block_size: Annotated[int, between(1, 1024)] = 16

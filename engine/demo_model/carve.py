@@ -140,7 +140,9 @@ def carved_spec(dense: ModelSpec, mixture: Mixture) -> ModelSpec:
 
 def carved_layer(tensors: Tensors, layer: int, carving: Carving) -> dict[Parameter, Tensor]:
     """The parameters of one layer's mixture: the dense ones, cut up."""
-    gate, up, down = (tensors.take(Parameter(f"feed_forward.{role}", layer)) for role in ("gate", "up", "down"))
+    gate, up, down = (
+        tensors.take(Parameter(f"feed_forward.{role}", layer)).floats() for role in ("gate", "up", "down")
+    )
     parts = {Parameter("router", layer): carving.router, Parameter("router_bias", layer): carving.router_bias}
     neurons_of = {("shared", None): carving.shared} | {
         ("expert", e): carving.experts[e] for e in range(len(carving.experts))

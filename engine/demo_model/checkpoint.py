@@ -85,7 +85,7 @@ def _write_weights(source: GgufFile, folder: Path, texts: list[list[int]], seed:
     def carve_layer(seen: Observation) -> None:
         layer = next(layers)
         report(f"carving experts: layer {layer + 1} of {len(source.spec.layers)}")
-        carving = carve(seen, source.take(Parameter("feed_forward.down", layer)), MIXTURE, seed + layer)
+        carving = carve(seen, source.take(Parameter("feed_forward.down", layer)).floats(), MIXTURE, seed + layer)
         parts = carved_layer(source, layer, carving)
         carved.update({parameter: tensor.bfloat16() for parameter, tensor in parts.items()})
 
@@ -94,7 +94,10 @@ def _write_weights(source: GgufFile, folder: Path, texts: list[list[int]], seed:
     report("writing the demo model")
     name_of, inventory = ARCHITECTURES[ARCHITECTURE].tensor_name, parameters(carved_spec(source.spec, MIXTURE))
     save_file(
-        {name_of(each): carved[each] if each in carved else source.take(each).bfloat16() for each in inventory},
+        {
+            name_of(each): carved[each] if each in carved else source.take(each).floats().bfloat16()
+            for each in inventory
+        },
         folder / "model.safetensors",
     )
 

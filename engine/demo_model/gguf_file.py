@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.errors import ModelError
 from engine.models.parameters import Parameter
 from engine.models.spec import Dense, GroupedQuery, LayerSpec, ModelSpec, Rope
+from engine.quant import Kept
 
 _NAMES = {
     "embedding": "token_embd.weight",
@@ -42,13 +43,13 @@ class GgufFile:
         self.mixer = self._mixer()
         self.spec = self._spec()
 
-    def take(self, parameter: Parameter) -> Tensor:
+    def take(self, parameter: Parameter) -> Kept:
         """The tensor in fp32. It may be taken more than once."""
         stored = self._tensors[_NAMES[parameter.role].format(layer=parameter.layer)]
         tensor = torch.from_numpy(self._dequantize(stored.data, stored.tensor_type).astype(np.float32))
         if parameter.role in _INTERLEAVED:
-            return halves_from_pairs(tensor, self.mixer.head_size)
-        return tensor
+            tensor = halves_from_pairs(tensor, self.mixer.head_size)
+        return Kept.plain(tensor)
 
     def field(self, name: str) -> Any:
         """A value of the file's header."""

@@ -18,6 +18,7 @@ from engine.models.moe import MixtureOfExperts
 from engine.models.parameters import Parameter
 from engine.models.rotary import inverse_frequencies
 from engine.models.spec import Dense, FeedForward, GroupedQuery, Latent, LayerSpec, Mixer, Mixture, ModelSpec
+from engine.quant import Kept
 from kernels.ops import AttentionBatch
 
 
@@ -69,7 +70,9 @@ class Decoder:
         self._embedding = weights.tensor(Parameter("embedding"))  # (V, C)
         self._layers = [_Layer(layer, weights, index) for index, layer in enumerate(spec.layers)]
         self._norm = weights.tensor(Parameter("norm"))  # (C,)
-        self._head = weights.head(self._embedding if spec.tied_embeddings else weights.tensor(Parameter("head")))
+        self._head = weights.head(
+            Kept.plain(self._embedding) if spec.tied_embeddings else weights.tensors.take(Parameter("head"))
+        )
         rotary_size = spec.layers[0].mixer.rotary_size  # one table of angles serves all layers
         self._inverse_frequencies = inverse_frequencies(spec.rope, rotary_size).to(weights.device)  # (D/2,)
 

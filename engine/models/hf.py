@@ -84,7 +84,6 @@ class DecoderConfig(Struct, kw_only=True):
     hidden_act: str = "silu"
     sliding_window: Window = None
     eos_token_id: TokenIds = None
-    quantization_config: Any = None
 
     def feed_forwards(self) -> Sequence[FeedForward]:
         """What works on each token alone, for each layer."""
@@ -111,7 +110,6 @@ class DecoderConfig(Struct, kw_only=True):
     def spec(self) -> ModelSpec:
         """The model as data. Raises ModelError for what we do not compute."""
         require(self.hidden_act == "silu", f"hidden_act {self.hidden_act!r} is not supported, only silu")
-        require(self.quantization_config is None, "quantization_config: only checkpoints of plain floats are read")
         require(not self.mlp_bias, "mlp_bias is not supported, only false")
         feed_forwards = self.feed_forwards()
         for mixture in feed_forwards:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from engine.errors import ModelError
 from engine.models.parameters import Parameter, Tensors
-from engine.quant import FORMATS
+from engine.quant import DENSE_FORMATS, FORMATS, Kept, WeightFormat, keep, stack_rows
 from kernels.ops import AttentionBatch, Ops, WeightKernel
+from kernels.weights import DEQUANTIZE
 
-DENSE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class StepInputs:
 class Projection:
     """One matrix (out, in) as its backend likes it, and its bias."""
 
-    def __init__(self, kernel: WeightKernel, weight: Any, bias: Tensor | None = None) -> None:
+    def __init__(self, layout: str, kernel: WeightKernel, weight: Any, bias: Tensor | None = None) -> None:
+        self.layout = layout
         self.kernel = kernel
         self.weight = weight
         self.bias = bias
@@ -48,18 +50,19 @@ class Weights:
     """Takes parameters as they are kept and gives them back ready to compute with, in memory of their own.
 
     The layers' matrices get the weight format `format`, the head that format's `head`; embeddings, routers, norms and
-    biases keep `dtype`: they are small, or read one row at a time, and the model is most sensitive to them.
+    biases get `dtype`: they are small, or read one row at a time, and the model is most sensitive to them. With AUTO a
+    matrix stays as the checkpoint keeps it, and floats get `dtype`.
     """
 
     tensors: Tensors
     ops: Ops
-    format: str  # of FORMATS
+    format: str  # of FORMATS, or AUTO
     dtype: torch.dtype  # of activations: fp32 or bf16
     device: torch.device
 
     def tensor(self, parameter: Parameter) -> Tensor:
         """The parameter in the activations' dtype."""
-        return self.tensors.take(parameter).to(self.device, self.dtype, copy=True)
+        return self.tensors.take(parameter).floats().to(self.device, self.dtype, copy=True)
 
     def projection(self, *fused: Parameter, bias: Sequence[Parameter] = (), order: Tensor | None = None) -> Projection:
         """The matrices one below the other, in the weight format: one multiplication gives all their outputs.
@@ -67,33 +70,43 @@ class Weights:
         `order`: which of the outputs comes first, second and so on, where not all stay in their places.
         Raises ModelError, with the parameters' names, where the format cannot hold them.
         """
-        matrix = torch.cat([self.tensors.take(parameter) for parameter in fused])  # (out, in)
-        matrix = matrix if order is None else matrix[order]
         try:
-            return self._project(self.format, matrix, bias)
+            matrices = [self._keep(self.tensors.take(parameter), self.format) for parameter in fused]
         except ValueError as error:
             raise ModelError(f"{' + '.join(map(str, fused))}: {error}") from error
+        matrix = stack_rows(matrices, self._dense)
+        return self._project(matrix if order is None else matrix.rows(order), bias)
 
-    def head(self, matrix: Tensor) -> Projection:
+    def head(self, matrix: Kept) -> Projection:
         """The output head (V, C): every step reads all of it, as much as the rest of a small model."""
-        return self._project(FORMATS[self.format].head, matrix, ())
+        return self._project(self._keep(matrix, AUTO if self.format == AUTO else FORMATS[self.format].head), ())
 
     def dense_projection(self, matrix: Tensor, bias: Sequence[Parameter] = ()) -> Projection:
-        """The matrix (out, in) in its own dtype, whatever the weight format."""
-        return self._project(DENSE_FORMATS[matrix.dtype], matrix, bias)
+        """The matrix (out, in) in the activations' dtype, whatever the weight format."""
+        return self._project(keep(Kept.plain(matrix), self._dense), bias)
 
-    def _project(self, name: str, matrix: Tensor, bias: Sequence[Parameter]) -> Projection:
-        kernel = self._kernel(name)
-        weight = kernel.prepare(FORMATS[name].quantize(matrix.to(self.device)))
-        return Projection(kernel, weight, torch.cat([self.tensor(parameter) for parameter in bias]) if bias else None)
+    @property
+    def _dense(self) -> WeightFormat:
+        return FORMATS[DENSE_FORMATS[self.dtype]]
 
-    def _kernel(self, name: str) -> WeightKernel:
-        """How the backend multiplies by the format: where it cannot, it unpacks at load and multiplies as dense."""
-        if kernel := self.ops.weights.get(name):
+    def _keep(self, stored: Kept, name: str) -> Kept:
+        stored = stored.to(self.device)
+        if name == AUTO:
+            return keep(stored, self._dense) if stored.layout == "plain" else stored
+        return keep(stored, FORMATS[name])
+
+    def _project(self, matrix: Kept, bias: Sequence[Parameter]) -> Projection:
+        kernel = self._kernel(matrix.layout)
+        weight = kernel.prepare(matrix.parts)
+        biases = [self.tensor(parameter) for parameter in bias]
+        return Projection(matrix.layout, kernel, weight, torch.cat(biases) if biases else None)
+
+    def _kernel(self, layout: str) -> WeightKernel:
+        """How the backend multiplies by the layout: where it cannot, it unpacks at load and multiplies as dense."""
+        if kernel := self.ops.weights.get(layout):
             return kernel
-        dense_name = DENSE_FORMATS[self.dtype]
-        dense, unpack, pack = self.ops.weights[dense_name], FORMATS[name].dequantize, FORMATS[dense_name].quantize
-        return WeightKernel(prepare=lambda parts: dense.prepare(pack(unpack(parts))), linear=dense.linear)
+        dense, unpack, pack = self.ops.weights[self._dense.layout], DEQUANTIZE[layout], self._dense.quantize
+        return WeightKernel(lambda parts: dense.prepare(pack(unpack(parts))), dense.linear, dense.stack)
 
 
 class SwiGlu:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.errors import ModelError
 from engine.models.layers import SwiGlu, Weights
 from engine.models.parameters import Parameter
 from engine.models.spec import Clamp, Mixture
+from engine.quant import FORMATS
 from kernels.ops import Ops
 
 
@@ -32,6 +34,11 @@ class MixtureOfExperts:
         self._down_bias = _biases(weights, layer, spec, "down")
         self._activation = _activation(spec.clamp, weights.ops)
         kernel = down[0].kernel
+        if len(layouts := {projection.layout for projection in gate_up + down}) > 1:
+            raise ModelError(
+                f"the experts of layer {layer} are kept as {' and '.join(sorted(layouts))}, which cannot be multiplied "
+                f"together; set weights to one of {', '.join(FORMATS)}"
+            )
         self._linear = kernel.linear
         self._gate_up = kernel.stack([projection.weight for projection in gate_up])
         self._down = kernel.stack([projection.weight for projection in down])

@@ -6,9 +6,8 @@ where the tensors come from is the affair of whoever fills in `Tensors`.
 
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
-
 from engine.models.spec import Dense, FeedForward, GroupedQuery, Latent, Mixer, ModelSpec
+from engine.quant import Kept
 
 
 class Parameter(NamedTuple):
@@ -25,8 +24,8 @@ Shapes = dict[Parameter, tuple[int, ...]]
 class Tensors(Protocol):
     """Where a decoder takes its parameters from, each once."""
 
-    def take(self, parameter: Parameter) -> Tensor:
-        """The tensor as it is kept, of the shape that `parameters` says."""
+    def take(self, parameter: Parameter) -> Kept:
+        """The tensor as it is kept; what it stands for has the shape that `parameters` says."""
         ...
 
 

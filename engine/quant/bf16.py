@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from engine.quant.format import WeightFormat
-from kernels.weights import dequantize_dense
 
 
 def quantize(weight: Tensor) -> Mapping[str, Tensor]:
@@ -14,4 +13,4 @@ def quantize(weight: Tensor) -> Mapping[str, Tensor]:
     return {"weight": weight.to(torch.bfloat16).contiguous()}
 
 
-FORMAT = WeightFormat(bits=16, head="bf16", quantize=quantize, dequantize=dequantize_dense)
+FORMAT = WeightFormat(layout="bf16", bits=16, head="bf16", quantize=quantize)

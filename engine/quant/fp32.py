@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from engine.quant.format import WeightFormat
-from kernels.weights import dequantize_dense
 
 
 def quantize(weight: Tensor) -> Mapping[str, Tensor]:
@@ -14,4 +13,4 @@ def quantize(weight: Tensor) -> Mapping[str, Tensor]:
     return {"weight": weight.to(torch.float32).contiguous()}
 
 
-FORMAT = WeightFormat(bits=32, head="fp32", quantize=quantize, dequantize=dequantize_dense)
+FORMAT = WeightFormat(layout="fp32", bits=32, head="fp32", quantize=quantize)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from engine.quant.format import WeightFormat
-from kernels.weights import dequantize_int8
 
 LEVEL_MAX = 127  # -128 stays unused, so that the levels are symmetric and a weight's negative is its level's negative
 
@@ -24,4 +23,4 @@ def quantize(weight: Tensor) -> Mapping[str, Tensor]:
     return {"q": q, "scale": scale}
 
 
-FORMAT = WeightFormat(bits=8, head="int8", quantize=quantize, dequantize=dequantize_int8)
+FORMAT = WeightFormat(layout="int8", bits=8, head="int8", quantize=quantize)

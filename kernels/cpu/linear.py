@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from kernels import reference
 from kernels.ops import WeightKernel
-from kernels.weights import INT4_GROUP, Parts, dequantize_int4, unpack_int4
+from kernels.weights import INT4_GROUP, Parts, dequantize_int4, int4_by_32, unpack_nibbles
 
 # oneDNN packs for an expected number of rows; 16 packs well for 1 to 256 (within 5 % of packing for the exact number).
 ROWS_EXPECTED = 16
@@ -116,10 +116,11 @@ class _Int4:
 
 
 def _prepare_int4(parts: Parts) -> _Int4:
-    scale_and_zero = torch.stack([parts["scale"], parts["zero"]], dim=-1).bfloat16().transpose(0, 1).contiguous()
+    parts = int4_by_32(parts)
+    scale_and_zero = torch.stack([parts["scale"], parts["zero"]], dim=-1).transpose(0, 1).contiguous()
     if len(parts["q"]) % 16:  # torch's kernel takes no other number of output features
         return _Int4(None, scale_and_zero, parts)
-    levels = unpack_int4(parts["q"]).int()
+    levels = unpack_nibbles(parts["q"]).int()
     return _Int4(torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1), scale_and_zero, parts)
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.weights import INT4_GROUP, unpack_int4
+from kernels.weights import INT4_GROUP, int4_by_32, unpack_nibbles
 
 INT4_DEPTHS = (128, 64, 32)  # the largest that divides `in`: 128 gives a thread 16 bytes of a row at once
 
@@ -60,12 +60,13 @@ def prepare_int8(parts: Mapping[str, Tensor]) -> Matrices:
 
 
 def prepare_int4(parts: Mapping[str, Tensor]) -> Matrices:
-    """From the parts of `int4`, in another order and as many bytes."""
-    levels = unpack_int4(parts["q"]).int()  # (out, in)
+    """From the parts of `int4`, in another order, by groups of 32."""
+    parts = int4_by_32(parts)
+    levels = unpack_nibbles(parts["q"]).int()  # (out, in)
     num_out, num_in = levels.shape
     depth = next(depth for depth in INT4_DEPTHS if num_in % depth == 0)
     groups = depth // INT4_GROUP
-    scale, zero = (parts[name].bfloat16().view(torch.int16).int() & 0xFFFF for name in ("scale", "zero"))
+    scale, zero = (parts[name].view(torch.int16).int() & 0xFFFF for name in ("scale", "zero"))
     pairs = (scale | (zero << 16)).view(num_out, -1, groups).transpose(0, 1)
     return Matrices("int4", _words(levels, depth)[None], pairs.contiguous()[None], num_out, num_in)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.weights import INT4_GROUP, Parts, unpack_int4
+from kernels.weights import INT4_GROUP, Parts, int4_by_32, unpack_nibbles
 
 BLOCK = 64
 
@@ -67,7 +67,8 @@ def pack_int8(parts: Parts) -> Packed:
 
 def pack_int4(parts: Parts) -> Packed:
     """Group by group: scales, zeros, then eight inputs a lane, the first four in the low nibbles."""
-    levels = _in_blocks(unpack_int4(parts["q"]), 8)  # (blocks, in / 8, 64, 8)
+    parts = int4_by_32(parts)
+    levels = _in_blocks(unpack_nibbles(parts["q"]), 8)  # (blocks, in / 8, 64, 8)
     nibbles = levels[..., :4] | (levels[..., 4:] << 4)  # (blocks, in / 8, 64, 4)
     nibbles = nibbles.view(len(nibbles), -1, INT4_GROUP // 8, BLOCK, 4)  # (blocks, groups, 4, 64, 4)
     heads = [_in_blocks(parts[name], 1) for name in ("scale", "zero")]  # (blocks, groups, 64, 1) each
