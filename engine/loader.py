@@ -31,6 +31,7 @@ from kernels.ops import Ops
 T = TypeVar("T")
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 CONFIG_BYTES_MAX = 1 << 20  # the longest published one, with a thousand labels, has 100 kB
 INDEX_BYTES_MAX = 64 << 20  # a name of 70 characters for each of half a million tensors
 SHARDS_MAX = 1024  # the largest published checkpoints have 200; each holds a file open while we read
@@ -78,7 +79,7 @@ def load(
 @contextmanager
 def open_checkpoint(path: Path, progress: Progress | None = None) -> Iterator[tuple[ModelSpec, "Checkpoint"]]:
     """What the folder's model is, and its tensors, all of them checked. Raises ModelError as `load` does."""
-    architecture, spec, scheme = _read_config(path)
+    architecture, spec, scheme = _understand(path)
     with ExitStack() as files:
         shards = [files.enter_context(_open_shard(file)) for file in _shard_files(path)]
         checkpoint = Checkpoint(architecture, scheme, shards, progress)
@@ -88,11 +89,16 @@ def open_checkpoint(path: Path, progress: Progress | None = None) -> Iterator[tu
 
 def read_spec(path: Path) -> ModelSpec:
     """What the folder's model is, without its weights. Raises ModelError as `load` does."""
-    return _read_config(path)[1]
+    return _understand(path)[1]
 
 
-def _read_config(path: Path) -> tuple[Architecture, ModelSpec, Scheme]:
-    config = _read_json(path / "config.json", dict[str, Any], CONFIG_BYTES_MAX)
+def read_config(path: Path) -> dict[str, Any]:
+    """The folder's `config.json` as it stands. Raises ModelError where there is none."""
+    return _read_json(path / CONFIG, dict[str, Any], CONFIG_BYTES_MAX)
+
+
+def _understand(path: Path) -> tuple[Architecture, ModelSpec, Scheme]:
+    config = read_config(path)
     listed = config.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else None
     architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
@@ -224,7 +230,7 @@ class _Shard:
 
 def _shard_files(path: Path) -> list[Path]:
     """The folder's weight files: those that the index names, or the only one."""
-    index_file = path / "model.safetensors.index.json"
+    index_file = path / INDEX
     if not index_file.exists():
         return [path / "model.safetensors"]
     names = sorted(set(_read_json(index_file, _Index, INDEX_BYTES_MAX).weight_map.values()))

@@ -120,7 +120,7 @@ def rounded(checkpoint: Path, weights: str) -> Path:
     tensors = load_file(copy / "model.safetensors")
     head, embedding = (architecture.tensor_name(Parameter(role)) for role in ("head", "embedding"))
     tensors[head] = _as_kept(tensors.get(head, tensors[embedding]), FORMATS[weights].head)
-    for parameter in _kept_in_a_format(checkpoint):
+    for parameter in kept_in_a_format(checkpoint):
         tensor, packed = tensors[architecture.tensor_name(parameter)], architecture.packed(parameter)
         matrix = packed.part(tensor[parameter.expert]) if packed and parameter.expert is not None else tensor
         matrix.copy_(_as_kept(matrix, weights))
@@ -134,7 +134,8 @@ def _as_kept(matrix: Tensor, weights: str) -> Tensor:
     return FORMATS[weights].dequantize(FORMATS[weights].quantize(matrix.contiguous())).to(matrix.dtype)
 
 
-def _kept_in_a_format(checkpoint: Path) -> list[Parameter]:
+def kept_in_a_format(checkpoint: Path) -> list[Parameter]:
+    """The matrices, but for the head, that a model takes in the weight format when it is loaded."""
     kept: list[Parameter] = []
     project = Weights.projection
 

@@ -50,7 +50,7 @@ from worker.errors import Fatal, Misconfigured, Unavailable
 SUBCOMMANDS = [
     *((name,) for name in ("demo", "worker", "healthcheck", "send", "watch")),
     *(("broker", name) for name in ("up", "down", "status")),
-    *(("model", name) for name in ("fetch", "list", "inspect")),
+    *(("model", name) for name in ("fetch", "list", "inspect", "convert")),
     *(("topics", name) for name in ("create", "list")),
     *(("config", name) for name in ("show", "check")),
     ("ledger", "reconcile"),

@@ -20,6 +20,9 @@ class Parameter(NamedTuple):
 
 Shapes = dict[Parameter, tuple[int, ...]]
 
+# Matrices that no weight format changes: looked up by rows, small and sensitive, or taken apart (engine/models/mla.py).
+DENSE_ROLES = frozenset({"embedding", "router", "shared_gate", "latent.up"})
+
 
 class Tensors(Protocol):
     """Where a decoder takes its parameters from, each once."""
@@ -41,6 +44,11 @@ def parameters(spec: ModelSpec) -> Shapes:
     if not spec.tied_embeddings:
         shapes[Parameter("head")] = (spec.vocab_size, spec.hidden_size)
     return shapes
+
+
+def has_format(parameter: Parameter, shape: tuple[int, ...]) -> bool:
+    """Whether the parameter is a matrix that is kept in the weight format; the head in that format's `head`."""
+    return len(shape) == 2 and parameter.role not in DENSE_ROLES
 
 
 def _mixer(mixer: Mixer, hidden: int, layer: int) -> Shapes:

@@ -1,4 +1,4 @@
-"""`tokenmill model fetch | list | inspect`: the checkpoints on this machine. Reads headers, never runs a model."""
+"""`tokenmill model fetch | list | inspect | convert`: the checkpoints on this machine. Never runs a model."""
 
 from collections.abc import Iterator
 from math import prod
@@ -14,7 +14,7 @@ from worker.commands.progress import Report, progress
 from worker.config import model_folder, models_folder
 from worker.errors import Misconfigured
 
-app = App(name="model", help="Fetch models, list and inspect them.")
+app = App(name="model", help="Fetch models, list, inspect and convert them.")
 
 DEMO_MODEL = "smollm2-moe"
 HEADER_BYTES_MAX = 100 << 20  # safetensors' own limit for the header of a file
@@ -93,6 +93,35 @@ def inspect(model: str, /, *, json: Json = False) -> None:
     }
     scalars = {key: value for key, value in found.config.items() if isinstance(value, str | int | float)}
     print_table((found.name, ""), (about | scalars).items())
+
+
+@app.command
+def convert(model: str, folder: Path, /, *, weights: str = "int8", json: Json = False) -> None:
+    """Write a model in a weight format into a new folder, so that a worker only has to read it.
+
+    The model is named or is a folder; others may have quantized it. `weights` is a worker's engine.weights: fp32, bf16,
+    int8, fp8, fp8-blocks, int4, int4-g64, int4-g128 or mxfp4. Workers load the new folder with the engine.weights auto.
+
+        tokenmill model convert smollm2-moe ./smollm2-moe-int4 --weights int4
+    """
+    from engine.convert import convert as write  # brings torch
+    from engine.errors import ModelError
+
+    try:
+        with progress() as report:
+            write(
+                model_folder(model),
+                folder,
+                weights,
+                lambda done, total: report(f"converting: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"),
+            )
+    except ModelError as error:
+        raise Misconfigured(str(error)) from error
+    converted = read_model(folder)
+    if json:
+        print_json(converted)
+    else:
+        print(f"{folder} holds {model} in {weights}: {converted.bytes / 1e6:,.0f} MB")
 
 
 def fetched(name: str, report: Report, *, verify: bool = False) -> Path:
