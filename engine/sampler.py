@@ -6,7 +6,6 @@ choosing itself is `Ops.sample`, from logits as `steering.py` leaves them; logpr
 them. Nothing here knows where those come from.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
@@ -14,7 +13,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from engine.sequence import Accepted, Share, TokenLogprobs
+from engine.constraint import ConstraintFailed
+from engine.sequence import Accepted, Sequence, Share, TokenLogprobs
 from engine.speculative import verify
 from engine.steering import Edit, steer
 from engine.types import Logprob
@@ -30,10 +30,10 @@ def accept(ops: Ops, logits: Tensor, shares: list[Share]) -> list[Accepted]:
     """
     if not len(logits):
         return [Accepted() for _ in shares]
+    edits, failures = _edits(shares)
     rows = [row for share in shares for row in sampling_rows(share)]
-    sampled = ops.sample(steer(logits, _edits(shares)), rows)  # (R,)
-    tokens = iter(sampled.tolist())
-    brought = [_verified(share, list(islice(tokens, share.num_rows))) for share in shares]
+    tokens = iter(ops.sample(steer(logits, edits), rows).tolist())
+    brought = [_verified(share, list(islice(tokens, share.num_rows)), failures) for share in shares]
     return _with_logprobs(ops, logits, shares, brought)
 
 
@@ -61,16 +61,25 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(digest) >> 64 - UNIFORM_BITS) / (1 << UNIFORM_BITS)
 
 
-def _edits(shares: list[Share]) -> Iterator[tuple[int, Edit]]:
-    """What the sequences that steer do to which rows."""
+def _edits(shares: list[Share]) -> tuple[list[tuple[int, Edit]], dict[Sequence, str]]:
+    """What the sequences that steer do to which rows, and why those fail whose grammar cannot go on."""
+    edits: list[tuple[int, Edit]] = []
+    failures: dict[Sequence, str] = {}
     first_row = 0
     for share in shares:
         if share.sequence.steering and share.num_rows:
-            yield from enumerate(share.sequence.steering.edits(share.sequence.tokens, share.drafts), start=first_row)
+            try:
+                own = share.sequence.steering.edits(share.sequence.tokens, share.drafts)
+                edits += enumerate(own, start=first_row)
+            except ConstraintFailed as error:
+                failures[share.sequence] = str(error)
         first_row += share.num_rows
+    return edits, failures
 
 
-def _verified(share: Share, sampled: list[int]) -> Accepted:
+def _verified(share: Share, sampled: list[int], failures: dict[Sequence, str]) -> Accepted:
+    if share.sequence in failures:
+        return Accepted(error=failures[share.sequence])
     tokens = verify(share.drafts, sampled)
     if -1 in tokens:
         return Accepted(error="the model's output is not finite, or every token it could choose is banned")

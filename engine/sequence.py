@@ -48,7 +48,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
-        self.steering = steering_of(self.request.sampling, self.request.prompt)
+        self.steering = steering_of(self.request)
         if self.request.progress and (progress := self.request.progress[self.choice]).tokens:
             self._take_up(progress)
 
@@ -88,6 +88,8 @@ class Sequence:
         if self.num_pending == 1:
             # A step accepts one token more than drafts, and none may pass length_max.
             self.drafts = self.drafting.propose(self.tokens, self.length_max - len(self.tokens) - 1)
+            if self.steering:
+                self.drafts = self.steering.allowed(self.tokens, self.drafts)
 
     def share(self, budget: int) -> "Share":
         """The next `budget` pending tokens, or all of them."""
@@ -100,8 +102,9 @@ class Sequence:
     def ending(self, tokens: list[int]) -> tuple[int, FinishReason | None]:
         """How many of the tokens to append, and the reason if the last of them ends the sequence."""
         num_left = self.length_max - len(self.tokens)
+        num_complete = self.steering.num_complete(self.tokens, tokens) if self.steering else None
         for num_kept, token in enumerate(tokens[:num_left], start=1):
-            if token in self.request.sampling.stop_token_ids:
+            if num_kept == num_complete or token in self.request.sampling.stop_token_ids:
                 return num_kept, FinishReason.STOP
         return (num_left, FinishReason.LENGTH) if len(tokens) >= num_left else (len(tokens), None)
 

@@ -1,7 +1,8 @@
-"""What a request does to the model's logits before a token is chosen: penalties, biases and bans.
+"""What a request does to the model's logits before a token is chosen: penalties, biases, bans and a grammar.
 
-Owns the arithmetic, in plain torch and so the same on every backend, and how often each token of a sequence has come.
-Choosing is `Ops.sample`'s. A sequence that asks for nothing here has no `Steering`, and costs nothing.
+Owns the arithmetic, in plain torch and so the same on every backend, and what it must know of a sequence's tokens: how
+often each has come, and where in the grammar they stand. Choosing is `Ops.sample`'s. A sequence that asks for nothing
+here has no `Steering`, and costs nothing.
 
 For a token that has come c times in the answer so far, with the model's logit l, in this order:
 
@@ -10,6 +11,9 @@ For a token that has come c times in the answer so far, with the model's logit l
     - presence_penalty, if c > 0          both as OpenAI defines them: of the answer alone
     + logit_bias
     - infinity                            if it is a stop token and tokens_min are not there yet
+    - infinity                            if the grammar does not allow it
+
+Where the grammar allows nothing but stop tokens, they are not banned: an answer that is complete ends.
 """
 
 from array import array
@@ -21,32 +25,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.types import Sampling
+from engine.constraint import Matcher
+from engine.types import Request, Sampling
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What happens to one row of logits, at the n tokens whose logits change."""
+    """What happens to one row of logits: at the n tokens whose logits change, and at all that the grammar forbids."""
 
     ids: NDArray[np.int64]  # (n,) no token twice
     factors: NDArray[np.float64]  # (n,) a logit above 0 is divided by it, any other multiplied
     offsets: NDArray[np.float64]  # (n,) then added
+    mask: NDArray[np.uint8] | None  # a bit for each token, lowest first: 0 if it may not come; None: all may
 
 
 class Steering:
-    """One sequence's penalties, biases and bans, and all that they must know of its tokens.
+    """One sequence's penalties, biases, bans and grammar, and all that they must know of its tokens.
 
     It reads on where it has stopped, so a token costs the same however long the sequence is, and a sequence that is
     taken up from its tokens alone steers as it would have.
     """
 
-    def __init__(self, sampling: Sampling, prompt: tuple[int, ...]) -> None:
-        self._sampling = sampling
+    def __init__(self, request: Request) -> None:
+        self._sampling = sampling = request.sampling
+        self._matcher: Matcher | None = request.constraint.start() if request.constraint else None
         self._stops = sampling.stop_token_ids if sampling.tokens_min else ()
         self._counts_tokens = _has_penalty(sampling)
-        self._num_prompt = self._num_read = len(prompt)
+        self._num_prompt = self._num_read = len(request.prompt)
         bias = dict(sampling.logit_bias)
-        repeated = dict.fromkeys(prompt if sampling.repetition_penalty != 1 else ())
+        repeated = dict.fromkeys(request.prompt if sampling.repetition_penalty != 1 else ())
         # Parallel arrays of the tokens whose logits may change: those that will, and later those that have come.
         self._slots = {token: slot for slot, token in enumerate({**bias, **dict.fromkeys(self._stops), **repeated})}
         self._ids = array("q", self._slots)
@@ -56,25 +63,62 @@ class Steering:
         self._stop_slots = [self._slots[token] for token in self._stops]
 
     def edits(self, tokens: list[int], drafts: list[int]) -> list[Edit]:
-        """Of the row behind the last of the sequence's tokens, and of the row behind each of the drafts after it."""
-        self._count(tokens[self._num_read :], 1)
-        self._num_read = len(tokens)
+        """Of the row behind the last of the sequence's tokens, and of the row behind each of the drafts after it.
+
+        None behind drafts that complete the answer: nothing follows there. Raises ConstraintFailed.
+        """
+        self._read(tokens)
         num_output = len(tokens) - self._num_prompt
         edits = [self._edit(num_output)]
-        for place, draft in enumerate(drafts, start=1):
+        tried: list[int] = []
+        for draft in drafts:
+            tried.append(draft)
             self._count([draft], 1)
-            edits.append(self._edit(num_output + place))
-        self._count(drafts, -1)
+            if self._advance([draft]):
+                break
+            edits.append(self._edit(num_output + len(tried)))
+        self._count(tried, -1)
+        self._rewind(len(tried))
         return edits
 
+    def allowed(self, tokens: list[int], drafts: list[int]) -> list[int]:
+        """The drafts up to the first that the grammar forbids behind the sequence's tokens: the others would lose."""
+        if not self._matcher:
+            return drafts
+        self._read(tokens)
+        return drafts[: self._matcher.num_allowed(drafts)]
+
+    def num_complete(self, tokens: list[int], accepted: list[int]) -> int | None:
+        """How many of these tokens, behind the sequence's own, make its answer complete; None where they do not."""
+        self._read(tokens)
+        num_advanced = self._advance(accepted)
+        self._rewind(num_advanced or len(accepted))
+        return num_advanced
+
+    def _read(self, tokens: list[int]) -> None:
+        new, self._num_read = tokens[self._num_read :], len(tokens)
+        self._count(new, 1)
+        self._advance(new)
+
     def _edit(self, num_output: int) -> Edit:
-        sampling, counts = self._sampling, np.array(self._counts)
+        sampling, counts, is_early = self._sampling, np.array(self._counts), num_output < self._sampling.tokens_min
         has_come = counts > 0
         offsets = np.array(self._bias) - sampling.frequency_penalty * counts - sampling.presence_penalty * has_come
-        if num_output < sampling.tokens_min:
+        if is_early and not self._matcher:
             offsets[self._stop_slots] = -np.inf
         factors = np.where(has_come | np.array(self._in_prompt, dtype=bool), sampling.repetition_penalty, 1.0)
-        return Edit(np.array(self._ids), factors, offsets)
+        return Edit(np.array(self._ids), factors, offsets, self._mask(is_early))
+
+    def _mask(self, is_early: bool) -> NDArray[np.uint8] | None:
+        if not self._matcher:
+            return None
+        mask = np.frombuffer(self._matcher.mask(), dtype=np.uint8)
+        if not is_early:
+            return mask
+        unended = mask.copy()
+        for token in self._stops:
+            unended[token // 8] &= ~np.uint8(1 << token % 8)
+        return unended if unended.any() else mask
 
     def _count(self, tokens: list[int], by: int) -> None:
         for token in tokens if self._counts_tokens else ():
@@ -86,11 +130,24 @@ class Steering:
                 self._counts.append(0)
             self._counts[slot] += by
 
+    def _advance(self, tokens: list[int]) -> int | None:
+        """The grammar has read these tokens, up to the one that completes the answer: how many; None if none does."""
+        for num_read, token in enumerate(tokens if self._matcher else (), start=1):
+            if self._matcher and self._matcher.advance(token):
+                return num_read
+        return None
 
-def steering_of(sampling: Sampling, prompt: tuple[int, ...]) -> Steering | None:
+    def _rewind(self, num_tokens: int) -> None:
+        if self._matcher and num_tokens:
+            self._matcher.rewind(num_tokens)
+
+
+def steering_of(request: Request) -> Steering | None:
     """A new sequence's steering; None where its logits stay as the model made them."""
+    sampling = request.sampling
     bans = sampling.tokens_min and sampling.stop_token_ids
-    return Steering(sampling, prompt) if _has_penalty(sampling) or sampling.logit_bias or bans else None
+    asks = _has_penalty(sampling) or sampling.logit_bias or bans or request.constraint
+    return Steering(request) if asks else None
 
 
 def steer(logits: Tensor, edits: Iterable[tuple[int, Edit]]) -> Tensor:
@@ -102,7 +159,7 @@ def steer(logits: Tensor, edits: Iterable[tuple[int, Edit]]) -> Tensor:
     if not numbered:
         return logits
 
-    def send(array: NDArray[np.int64] | NDArray[np.float64]) -> Tensor:
+    def send(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(logits.device)
 
     rows = send(np.repeat([row for row, _ in numbered], [len(edit.ids) for _, edit in numbered]))
@@ -112,6 +169,11 @@ def steer(logits: Tensor, edits: Iterable[tuple[int, Edit]]) -> Tensor:
     steered = logits.clone()
     own = logits[rows, ids]
     steered[rows, ids] = torch.where(own > 0, own / factors, own * factors) + offsets
+    masks = {row: edit.mask for row, edit in numbered if edit.mask is not None}
+    if masks:
+        bits = np.unpackbits(np.stack(list(masks.values())), axis=1, count=logits.shape[1], bitorder="little")
+        forbidden = send(bits) == 0  # (rows with a mask, V)
+        steered[list(masks)] += torch.zeros_like(forbidden, dtype=logits.dtype).masked_fill_(forbidden, -torch.inf)
     return steered
 
 

@@ -1,12 +1,14 @@
 """What crosses between the worker and the engine: plain data, once a step.
 
 Owns the structs that both sides know. Nothing here holds a tensor, a Kafka name or an amount of money; moving the
-engine to a process of its own would send exactly these.
+engine to a process of its own would send exactly these, and for a constraint the text that it was made of.
 """
 
 from enum import StrEnum
 
 from msgspec import Struct
+
+from engine.constraint import Constraint
 
 
 class Sampling(Struct, frozen=True, kw_only=True):
@@ -61,12 +63,13 @@ class Request(Struct, frozen=True, kw_only=True):
     priority: int = 0  # lower runs first
     cache_salt: str = ""  # sequences share cached prefixes only under the same salt
     progress: tuple[Progress, ...] = ()
+    constraint: Constraint | None = None  # what each choice must follow; to its end, if it is long enough
 
 
 class FinishReason(StrEnum):
     """Why a sequence ended."""
 
-    STOP = "stop"  # a stop token, or the caller cancelled it
+    STOP = "stop"  # a stop token, the end of its constraint, or the caller cancelled it
     LENGTH = "length"  # tokens_max reached
     FAILED = "failed"  # this sequence alone could not go on
     INTERRUPTED = "interrupted"  # the engine ends before it: another one may go on with its `Progress`

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from schemas.cost import CostEvent, MeterReading
-from schemas.requests import AnyGenerate, Name
+from schemas.requests import SCHEMA_LEVELS_MAX, AnyGenerate, Name
 from schemas.results import Chunk, Completion, Input
 
 Headers = Sequence[tuple[str, bytes | None]]  # Kafka allows a key twice and a value of null
@@ -207,7 +207,7 @@ class _Form:
         self.fields: msgspec.json.Decoder[dict[_Key, Raw]] = module.Decoder(dict[_Key, Raw], dec_hook=_key)
         self.items: msgspec.json.Decoder[list[Raw]] = module.Decoder(list[Raw])
         self.object_starts = frozenset(objects)
-        self.array_starts = frozenset(arrays)
+        self.nest_starts = self.object_starts.union(arrays)
 
 
 _JSON = _Form(msgspec.json, b"{", b"[")
@@ -242,32 +242,43 @@ def _form(content_type: str) -> _Form:
 
 
 # Fields with objects in them.
-_NESTS = frozenset({"data", "body", "messages", "content", "metadata", "stream_options", "logit_bias"})
+_NESTS = frozenset(
+    {"data", "body", "messages", "content", "metadata", "stream_options", "logit_bias"}
+    | {"response_format", "json_schema", "schema"}
+)
 
 
-def _duplicate(form: _Form, value: bytes | Raw) -> str | int | None:
+def _duplicate(form: _Form, value: bytes | Raw, levels: int | None = None) -> str | int | None:
     """The name of a field that an object has twice, anywhere in a request that has been decoded before.
 
     Decoders silently take the last of two. A gateway that read the first would have checked another tenant's right.
+    Within a schema, whose names are not ours, every field is looked into, `levels` deep: each level is read once more.
+    Raises RecursionError where it is deeper.
     """
     names = set()
     for key, content in form.fields.decode(value).items():
         if key.name in names:
             return key.name
         names.add(key.name)
-        if key.name in _NESTS and (twice := _duplicate_within(form, content)) is not None:
+        within = SCHEMA_LEVELS_MAX if levels is None and key.name == "schema" else levels
+        looks = levels is not None or key.name in _NESTS
+        if looks and (twice := _duplicate_within(form, content, within)) is not None:
             return twice
     return None
 
 
-def _duplicate_within(form: _Form, content: Raw) -> str | int | None:
+def _duplicate_within(form: _Form, content: Raw, levels: int | None) -> str | int | None:
     first = memoryview(content)[0]
+    if first not in form.nest_starts:
+        return None
+    if levels is not None:
+        if not levels:
+            raise RecursionError
+        levels -= 1
     if first in form.object_starts:
-        return _duplicate(form, content)
-    if first in form.array_starts:
-        found = (_duplicate_within(form, item) for item in form.items.decode(content))
-        return next((twice for twice in found if twice is not None), None)
-    return None
+        return _duplicate(form, content, levels)
+    found = (_duplicate_within(form, item, levels) for item in form.items.decode(content))
+    return next((twice for twice in found if twice is not None), None)
 
 
 def _salvage(form: _Form, value: bytes, content_type: str) -> str | None:

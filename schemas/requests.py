@@ -8,7 +8,7 @@ Source of the names: OpenAI's chat, completion and batch references; `min_p`, `t
 follow vLLM, and so does `repetition_penalty`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -21,6 +21,9 @@ TOP_LOGPROBS_MAX = 20  # OpenAI's limit
 TOKENS_MAX = 1_048_576  # longest context of any model in use
 METADATA_MAX = 64
 BIASES_MAX = 300  # OpenAI's limit
+SCHEMA_LEVELS_MAX = 64  # of objects and arrays; OpenAI takes 10 levels of objects, llguidance 128 of both
+PATTERN_CHARS_MAX = 4096  # a regular expression that nobody could read is longer
+CHOICES_IN_FORMAT_MAX = 1000  # OpenAI's limit for the values of all enums in a schema
 
 # Names travel in headers, logs and terminals: no control characters (CloudEvents forbids them too). In Python's dialect
 # `$` alone would let a line break at the end pass; the look-ahead closes that gap and does no harm in JavaScript's.
@@ -60,6 +63,48 @@ class StreamOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     include_usage: bool = False
 
 
+class AnyText(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """An answer of any form."""
+
+
+class JsonObject(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    """An answer that is a JSON object."""
+
+
+class NamedSchema(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A JSON Schema as OpenAI wraps it. It is always kept to: `strict` may say so, and changes nothing."""
+
+    name: Name
+    schema: dict[str, Any]
+    description: Text | None = None
+    strict: bool | None = None
+
+
+class JsonSchema(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    """An answer that is JSON by this schema."""
+
+    json_schema: NamedSchema
+
+
+class Regex(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="regex"):
+    """An answer that a regular expression matches from end to end."""
+
+    pattern: Annotated[str, Meta(min_length=1, max_length=PATTERN_CHARS_MAX)]
+
+
+class OneOf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="choice"):
+    """An answer that is one of these."""
+
+    choices: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]],
+        Meta(min_length=1, max_length=CHOICES_IN_FORMAT_MAX),
+    ]
+
+
+Grammatical = JsonObject | JsonSchema | Regex | OneOf  # formats that forbid tokens
+ResponseFormat = AnyText | Grammatical
+
+
 class SamplingFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What both request bodies share. Defaults are OpenAI's."""
 
@@ -79,6 +124,7 @@ class SamplingFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stop: Stop | Annotated[list[Stop], Meta(max_length=STOPS_MAX)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=STOPS_MAX)] = []
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Name | None = None

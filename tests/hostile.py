@@ -69,6 +69,26 @@ def a_text(body: dict[str, Any] | None = None, **fields: Any) -> Record:
     return record(line(text(body, **fields)))
 
 
+def a_format(**response_format: Any) -> Record:
+    """A record with a chat whose answer must be of this format."""
+    return a_chat({"response_format": response_format})
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    """The format of answers by this schema."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def a_schema(schema: Any) -> Record:
+    """A record with a chat whose answer must be of this schema."""
+    return a_format(**schema_format(schema))
+
+
+def raw_schema(json_of_schema: bytes) -> bytes:
+    """A chat with this text, JSON or not, as the schema of its answer."""
+    return line(chat({"response_format": schema_format("HERE")})).replace(b'"HERE"', json_of_schema)
+
+
 def packed(request: dict[str, Any]) -> bytes:
     """The request in MessagePack."""
     return msgspec.msgpack.encode(request)
@@ -114,9 +134,26 @@ REFUSED: dict[str, tuple[str, Record]] = {
     "min_tokens above max_tokens": (BAD, a_chat({"min_tokens": 9})),
     "two different limits": (BAD, a_chat({"max_completion_tokens": 9})),
     "n_discard": (BAD, a_chat({"n_discard": -1})),
-    "catastrophic regex": (BAD, a_chat({"guided_regex": "(a+)+$"})),
-    "schema": (BAD, a_chat({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}})),
-    "grammar": (BAD, a_chat({"guided_grammar": "root ::= " + "a" * 100_000})),
+    "another server's regex": (BAD, a_chat({"guided_regex": "(a+)+$"})),
+    "another server's grammar": (BAD, a_chat({"guided_grammar": "root ::= " + "a" * 100_000})),
+    "unknown format": (BAD, a_format(type="grammar", grammar="root ::= x")),
+    "schema without a name": (BAD, a_format(type="json_schema", json_schema={"schema": {}})),
+    "schema that is no object": (BAD, a_schema(7)),
+    "schema of 100,000 characters": (BAD, a_schema({"enum": ["a" * 1000] * 100})),
+    "schema of a thousand levels": (BAD, record(raw_schema(nested(b'{"items":', 1000, b"}").replace(b":}", b":{}}")))),
+    "schema of a thousand lists": (BAD, record(raw_schema(b'{"enum":' + nested(b"[", 1000, b"]") + b"}"))),
+    "schema with a field twice": (BAD, record(raw_schema(b'{"items":{"any":[{"type":"string","type":"null"}]}}'))),
+    "schema with keys that are lists": (
+        BAD,
+        record(packed(chat({"response_format": schema_format({"a": {(1,): 2}})})), MSGPACK),
+    ),
+    "regex of 100,000 characters": (BAD, a_format(type="regex", pattern="a" * 100_000)),
+    "empty regex": (BAD, a_format(type="regex", pattern="")),
+    "no choices": (BAD, a_format(type="choice", choices=[])),
+    "empty choice": (BAD, a_format(type="choice", choices=["a", ""])),
+    "too many choices": (BAD, a_format(type="choice", choices=["a"] * 1001)),
+    "choices of 400,000 characters": (BAD, a_format(type="choice", choices=["a" * 500] * 800)),
+    "format and ignore_eos": (BAD, a_chat({"response_format": {"type": "json_object"}, "ignore_eos": True})),
     "tools": (BAD, a_chat({"tools": [{"type": "function", "function": {"parameters": {"type": 7}}}]})),
     "chat template": (BAD, a_chat({"chat_template": "{{ cycler.__init__.__globals__.os.popen('id') }}"})),
     "chat template's arguments": (BAD, a_chat({"chat_template_kwargs": {"chat_template": "x"}})),
@@ -240,6 +277,11 @@ ADMITTED: dict[str, Record] = {
         }
     ),
     "biases in MessagePack": record(packed(chat({"logit_bias": {0: 1, 1: 2.5}})), MSGPACK),
+    "schema of 60 levels": record(raw_schema(nested(b'{"items":', 60, b"}").replace(b":}", b":{}}"))),
+    "catastrophic regex": a_format(type="regex", pattern="(a+)+$"),
+    "a thousand choices": a_format(type="choice", choices=["a" * 30] * 1000),
+    "schema in MessagePack": record(packed(chat({"response_format": schema_format({"const": 2**63})})), MSGPACK),
+    "format of text and ignore_eos": a_chat({"response_format": {"type": "text"}, "ignore_eos": True}),
     "no biases": a_chat({"logit_bias": None}),
     "sixteen stops": a_chat({"stop": ["a" * 256] * 16}),
 }
@@ -283,7 +325,8 @@ def _splice(dice: random.Random, value: bytes) -> bytes:
 BODY_FIELDS = (
     "model", "messages", "prompt", "max_tokens", "min_tokens", "n", "seed", "stop", "temperature", "top_p", "top_k",
     "min_p", "stop_token_ids", "logprobs", "top_logprobs", "stream", "stream_options", "metadata", "user", "ignore_eos",
-    "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "unheard_of",
+    "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias",
+    "response_format", "unheard_of",
 )  # fmt: skip
 OUTER_FIELDS = ("custom_id", "tenant", "tier", "deadline", "max_cost", "url", "method", "body")
 
@@ -304,6 +347,7 @@ def _odd(dice: random.Random, depth: int = 0) -> Any:
         None, True, False, 0, -1, 1, 7, 2**31, 2**63 - 1, -(2**63), 2**64 - 1, 1.5, -0.0, 1e308, 5e-324, "", "a", "\0",
         "\u202e\ufeff", "😀" * 50, "a" * 10_000, "1.00", "1.00\n", "realtime", MODEL, b"bytes", [], {}, [1, 2, 3],
         ["a"], [{"role": "user", "content": "hi"}], {"role": "user"}, {"include_usage": True}, [[[]]], [0] * 2_000,
+        {"type": "json_object"}, {"type": "regex", "pattern": "(a"}, schema_format({"type": "x"}),
     )  # fmt: skip
     if depth < 3 and dice.random() < 0.2:
         return [_odd(dice, depth + 1)] if dice.random() < 0.5 else {"a": _odd(dice, depth + 1)}

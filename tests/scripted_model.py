@@ -54,27 +54,37 @@ class Script:
         """The output of one choice: the definition that the engine is held to."""
         sampling, context = request.sampling, list(request.prompt)
         length_max = min(len(context) + sampling.tokens_max, context_max)
+        matcher = request.constraint.start() if request.constraint else None
         while len(context) < length_max:
             logits = self.logits_after(context).astype(np.float64)
             if np.isnan(logits).any():
                 break
-            _steer(logits, sampling, request.prompt, context[len(request.prompt) :])
+            possible = _unpacked(matcher.mask(), self.vocab_size) if matcher else None
+            _steer(logits, sampling, request.prompt, context[len(request.prompt) :], possible)
             context.append(_choose(logits, sampling.temperature, uniform(sampling.seed, choice, len(context))))
-            if context[-1] in sampling.stop_token_ids:
+            if context[-1] in sampling.stop_token_ids or (matcher and matcher.advance(context[-1])):
                 break
         return context[len(request.prompt) :]
 
 
-def _steer(logits: np.ndarray, sampling: Sampling, prompt: tuple[int, ...], output: list[int]) -> None:
-    """The formula of engine/steering.py, token by token."""
+def _unpacked(mask: bytes, vocab_size: int) -> list[int]:
+    return [token for token in range(min(vocab_size, 8 * len(mask))) if mask[token // 8] >> token % 8 & 1]
+
+
+def _steer(
+    logits: np.ndarray, sampling: Sampling, prompt: tuple[int, ...], output: list[int], possible: list[int] | None
+) -> None:
+    """The formula of engine/steering.py, token by token. `possible`: what a grammar allows."""
     for token in range(len(logits)):
         count = output.count(token)
         if count or token in prompt:
             logits[token] *= sampling.repetition_penalty ** (-1 if logits[token] > 0 else 1)
         logits[token] -= sampling.frequency_penalty * count + (sampling.presence_penalty if count else 0)
         logits[token] += dict(sampling.logit_bias).get(token, 0)
-    if len(output) < sampling.tokens_min:
-        logits[list(sampling.stop_token_ids)] = -np.inf
+    banned = set(sampling.stop_token_ids) if len(output) < sampling.tokens_min else set()
+    if possible is not None:
+        banned = set(range(len(logits))) - ((set(possible) - banned) or set(possible))
+    logits[list(banned)] = -np.inf
 
 
 def _choose(logits: np.ndarray, temperature: float, draw: float) -> int:

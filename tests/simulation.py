@@ -5,12 +5,13 @@ Everything between the broker and the engine is the code that ships. A run is a 
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from zlib import crc32
 
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.trace import NoOpTracerProvider
 
+from engine.constraint import Constraint
 from engine.types import Capacity, Charge, EngineStats, Finished, FinishReason, Request, StepResult, Token, Usage, Work
 from schemas.codec import decode_result
 from schemas.cost import CostEvent, MeterReading, picodollars
@@ -28,6 +29,7 @@ from worker.cost import Granularity, Meter
 from worker.drain import Drain
 from worker.envelope import Envelope
 from worker.generations import Engine, Generations
+from worker.grammar import Grammars
 from worker.intake import Intake
 from worker.outbound import Outbound
 from worker.price_book import load_price_book
@@ -116,6 +118,19 @@ class SimulatedEngine:
         return Charge(request=request, choice=choice, work=work, num_tokens=num_tokens, device_ns=ns, index=index)
 
 
+Compile = Callable[[str], Awaitable[Constraint]]
+
+
+def compiles_at_once(tokenizer: Tokenizer) -> Compile:
+    """As the worker does, but on the event loop: virtual time would not wait for a thread."""
+    grammars = Grammars(tokenizer, CAPACITY.vocab_size, tuple(tokenizer.eos_token_ids))
+
+    async def compiled(source: str) -> Constraint:
+        return grammars._compile(source)
+
+    return compiled
+
+
 def service(
     broker: Broker,
     engine: Engine,
@@ -126,6 +141,7 @@ def service(
     *,
     tokens_max: int = 8192,
     granularity: Granularity = "token",
+    compile: Compile | None = None,
 ) -> Service:
     """The worker as it ships, between this broker and this engine. When it admits, it is 1970.
 
@@ -160,6 +176,7 @@ def service(
         telemetry=telemetry,
         tiers=tiers,
         preview=broker.preview,
+        compile=compile or compiles_at_once(tokenizer),
     )
     return Service(
         broker=broker,

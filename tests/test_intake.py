@@ -113,6 +113,20 @@ def test_penalties_and_biases_reach_the_engine_as_they_were_asked_for(intake):
     assert sampling.logit_bias == ((9, -100.0),)
 
 
+def test_a_format_becomes_the_text_of_a_grammar(intake):
+    assert admit(intake, chat()).grammar is None
+    assert admit(intake, chat({"response_format": {"type": "text"}})).grammar is None
+    for response_format in ({"type": "json_object"}, {"type": "regex", "pattern": "a"}):
+        assert admit(intake, chat({"response_format": response_format})).grammar
+        assert admit(intake, text({"response_format": response_format})).grammar
+
+
+def test_a_model_without_an_end_token_can_follow_no_format(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "eos_token_ids", frozenset())
+    intake = make_intake(tokenizer, eos_token_ids=())
+    assert "no token to end" in refusal(intake, chat({"response_format": {"type": "json_object"}})).message
+
+
 def test_an_unnamed_length_is_the_default_as_far_as_the_context_goes(intake):
     def length(prompt: list[int]) -> int:
         request = text({"prompt": prompt})

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-import jsonschema  # type: ignore[import-untyped]  # comes with check-jsonschema
+import jsonschema
 import msgspec
 import pytest
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from engine.constraint import Constraint, Matcher
 from engine.types import Charge, EngineStats, Finished, FinishReason, Request, StepResult, Token, Usage, Work
 from schemas.codec import decode_result
 from schemas.cost import CostEvent, MeterReading, picodollars
 from schemas.results import Chunk, Completion, ErrorCode, TextResult
 from tests.hostile import ADMITTED, MODEL, REFUSED, fuzz
 from tests.invariants import violations
-from tests.simulation import ALL_TOPICS, ATTEMPTS_MAX, FLUSH_S, GROUP, TOPICS, service, value
+from tests.simulation import ALL_TOPICS, ATTEMPTS_MAX, FLUSH_S, GROUP, TOPICS, Compile, service, value
 from tests.tiny_tokenizer import save_byte_level
 from tests.virtual_time import virtually
 from worker.admission import POLL_RECORDS_MAX
@@ -22,7 +23,7 @@ from worker.brokers.base import Headers, Place, Record
 from worker.brokers.memory import Crash, Fault, MemoryBroker
 from worker.brokers.memory_cluster import MemoryCluster
 from worker.drain import Drain
-from worker.errors import Fatal
+from worker.errors import Fatal, RequestError
 from worker.intake import input_of
 from worker.offsets import OffsetLedger
 from worker.service import READING_INTERVAL_S, SILENCE_S_MAX
@@ -101,12 +102,22 @@ class PlayedEngine:
 class Worker:
     """One worker at work. `over` is its run."""
 
-    def __init__(self, cluster: MemoryCluster, name: str, tokenizer: Tokenizer, tokens_max: int, fault: Fault | None):
+    def __init__(
+        self,
+        cluster: MemoryCluster,
+        name: str,
+        tokenizer: Tokenizer,
+        tokens_max: int,
+        fault: Fault | None,
+        compile: Compile | None,
+    ):
         steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
         self.broker = MemoryBroker(cluster, GROUP, name, fault)
         self.engine = PlayedEngine(steps, tokenizer)
         self.drain = Drain(DRAIN_S, clock=asyncio.get_running_loop().time)
-        work = service(self.broker, self.engine, steps, self.drain, tokenizer, f"{name}#0", tokens_max=tokens_max)
+        work = service(
+            self.broker, self.engine, steps, self.drain, tokenizer, f"{name}#0", tokens_max=tokens_max, compile=compile
+        )
         self.over = asyncio.create_task(work.run())
 
     async def requests(self, num: int) -> list[Request]:
@@ -127,8 +138,14 @@ class Stage:
         self._tokenizer = tokenizer
         self._asked: list[Record] = []
 
-    def hire(self, name: str = "worker", tokens_max: int = 8192, fault: Fault | None = None) -> Worker:
-        return Worker(self.cluster, name, self._tokenizer, tokens_max, fault)
+    def hire(
+        self,
+        name: str = "worker",
+        tokens_max: int = 8192,
+        fault: Fault | None = None,
+        compile: Compile | None = None,
+    ) -> Worker:
+        return Worker(self.cluster, name, self._tokenizer, tokens_max, fault, compile)
 
     def ask(
         self, topic: str = TOPICS.requests, partition: int = 0, *, deadline: float | None = None, **body: Any
@@ -313,6 +330,120 @@ async def test_no_hostile_record_ends_the_worker_or_goes_without_an_answer(token
     assert not worker.over.done()
     assert num_answered > len(ADMITTED)
     assert stage.violations() == []
+
+
+# -------------------------------------------------------------------------------------------------------------- formats
+
+
+class AnyAnswer:
+    """A grammar that nobody follows here."""
+
+    def start(self) -> Matcher:
+        raise NotImplementedError
+
+
+class Compiler:
+    """Has a grammar ready when the test says so."""
+
+    def __init__(self) -> None:
+        self.grammar = AnyAnswer()
+        self.sources: list[str] = []
+        self._results: asyncio.Queue[Constraint | RequestError] = asyncio.Queue()
+
+    async def __call__(self, source: str) -> Constraint:
+        self.sources.append(source)
+        result = await self._results.get()
+        if isinstance(result, RequestError):
+            raise result
+        return result
+
+    def brings(self, result: Constraint | RequestError) -> None:
+        self._results.put_nowait(result)
+
+
+JSON = {"type": "json_object"}
+
+
+@virtually
+async def test_a_request_waits_for_its_grammar_and_the_others_do_not(tokenizer):
+    stage, compiler = Stage(tokenizer), Compiler()
+    worker = stage.hire(compile=compiler)
+    stage.ask(response_format=JSON)
+    stage.ask()
+    worker.engine.answers(await worker.request(), "at once")
+    (first,) = await stage.answers()
+    assert text_of(first) == "at once"
+    assert len(compiler.sources) == 1
+    compiler.brings(compiler.grammar)
+    _, constrained = await worker.requests(2)
+    assert constrained.constraint is compiler.grammar
+    worker.engine.answers(constrained, "in the end")
+    assert sorted(map(text_of, await stage.answers(2))) == ["at once", "in the end"]
+    assert stage.violations() == []
+
+
+@virtually
+async def test_a_format_that_cannot_be_compiled_is_answered_so_and_owes_nothing(tokenizer):
+    stage = Stage(tokenizer)
+    worker = stage.hire()
+    stage.ask(response_format={"type": "regex", "pattern": "(a"})
+    (completion,) = await stage.answers()
+    assert error_of(completion) == ErrorCode.INVALID_REQUEST
+    assert completion.bill is not None
+    assert picodollars(completion.bill.price) == picodollars(completion.bill.cost) == 0
+    assert worker.engine.submitted == []
+    assert stage.violations() == []
+
+
+@virtually
+async def test_whose_deadline_passes_before_its_grammar_is_there_never_reaches_the_engine(tokenizer):
+    stage, compiler = Stage(tokenizer), Compiler()
+    worker = stage.hire(compile=compiler)
+    stage.ask(response_format=JSON, deadline=1.0)  # admitted in 1970, and run today
+    await until(lambda: bool(compiler.sources))
+    worker.engine.waits()
+    (completion,) = await stage.answers()
+    assert error_of(completion) == ErrorCode.DEADLINE_EXCEEDED
+    compiler.brings(compiler.grammar)
+    await asyncio.sleep(SOON_S)
+    assert worker.engine.submitted == []
+    assert stage.violations() == []
+
+
+@virtually
+@pytest.mark.parametrize("late", ["grammar", "refusal"])
+async def test_a_partition_may_go_while_a_grammar_of_it_is_made(tokenizer, late):
+    stage, compiler = Stage(tokenizer, partitions=2), Compiler()
+    first = stage.hire("first", compile=compiler)
+    stage.ask(partition=1, response_format=JSON)
+    stage.ask(partition=1, response_format=JSON)  # waits behind it
+    await until(lambda: bool(compiler.sources))
+    second = stage.hire("second")
+    for request in await second.requests(2):
+        second.engine.answers(request, "answered")
+    assert len(await stage.answers(2)) == 2
+    compiler.brings(compiler.grammar if late == "grammar" else RequestError(ErrorCode.INVALID_REQUEST, "too late"))
+    await asyncio.sleep(READING_INTERVAL_S + SOON_S)
+    assert first.engine.submitted == []
+    assert len(compiler.sources) == 1
+    assert len(stage.completions) == 2
+    assert not first.over.done()
+    assert stage.violations() == []
+
+
+@virtually
+async def test_a_drain_waits_for_a_grammar_as_for_an_answer(tokenizer):
+    stage, compiler = Stage(tokenizer), Compiler()
+    worker = stage.hire(compile=compiler)
+    stage.ask(response_format=JSON)
+    await until(lambda: bool(compiler.sources))
+    worker.drain.ask()
+    await asyncio.sleep(SOON_S)
+    compiler.brings(compiler.grammar)
+    worker.engine.answers(await worker.request(), "in time")
+    (completion,) = await stage.answers()
+    await asyncio.wait_for(worker.over, DRAIN_S)
+    assert text_of(completion) == "in time"
 
 
 # ------------------------------------------------------------------------------------------------------------- previews

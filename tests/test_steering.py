@@ -30,6 +30,10 @@ def defined(logits: np.ndarray, sampling: Sampling, prompt: list[int], output: l
     return steered
 
 
+def asked(sampling: Sampling, prompt: list[int]) -> Request:
+    return Request(id=0, prompt=tuple(prompt), sampling=sampling)
+
+
 def steered(logits: torch.Tensor, steering: Steering | None, tokens: list[int], drafts: list[int]) -> torch.Tensor:
     return steer(logits, enumerate(steering.edits(tokens, drafts)) if steering else ())
 
@@ -50,7 +54,7 @@ samplings = st.builds(
 @given(samplings, st.lists(ids, min_size=1, max_size=6), st.lists(st.lists(ids, max_size=4), min_size=1, max_size=4))
 def test_each_row_is_steered_by_the_formula_and_drafts_leave_no_trace(sampling, prompt, pieces):
     """Each piece is first tried as drafts, then appended."""
-    steering, tokens = steering_of(sampling, tuple(prompt)), list(prompt)
+    steering, tokens = steering_of(asked(sampling, prompt)), list(prompt)
     for piece in pieces:
         logits = torch.randn(len(piece) + 1, V) * 5
         got = steered(logits, steering, tokens, piece)
@@ -62,8 +66,8 @@ def test_each_row_is_steered_by_the_formula_and_drafts_leave_no_trace(sampling, 
 
 def test_taken_up_from_its_tokens_alone_a_sequence_steers_as_it_would_have():
     sampling = Sampling(tokens_max=9, frequency_penalty=0.5, presence_penalty=1.0, repetition_penalty=1.3)
-    prompt, output = (1, 2), [3, 3, 4]
-    grown, taken_up = Steering(sampling, prompt), Steering(sampling, prompt)
+    prompt, output = [1, 2], [3, 3, 4]
+    grown, taken_up = Steering(asked(sampling, prompt)), Steering(asked(sampling, prompt))
     for length in range(len(output)):
         grown.edits([*prompt, *output[:length]], [5, 5])
     logits = torch.randn(1, V)
@@ -81,7 +85,7 @@ def test_taken_up_from_its_tokens_alone_a_sequence_steers_as_it_would_have():
     ],
 )
 def test_who_asks_for_nothing_has_no_steering_and_its_logits_are_not_even_copied(sampling):
-    assert steering_of(sampling, (1, 2)) is None
+    assert steering_of(asked(sampling, [1, 2])) is None
     logits = torch.randn(2, V)
     assert steer(logits, ()) is logits
 
@@ -89,7 +93,7 @@ def test_who_asks_for_nothing_has_no_steering_and_its_logits_are_not_even_copied
 def test_only_the_rows_of_those_who_ask_change_and_the_models_own_stay():
     logits = torch.randn(3, V)
     before = logits.clone()
-    steering = Steering(Sampling(tokens_max=4, logit_bias=((2, 7.0),)), (0,))
+    steering = Steering(asked(Sampling(tokens_max=4, logit_bias=((2, 7.0),)), [0]))
     got = steer(logits, [(1, steering.edits([0], [])[0])])
     assert torch.equal(logits, before)
     assert torch.equal(got[[0, 2]], before[[0, 2]])
@@ -119,7 +123,7 @@ def test_logprobs_are_the_models_own_whatever_is_biased():
 
 
 def test_a_token_costs_the_same_however_long_the_sequence_is():
-    steering = Steering(Sampling(tokens_max=9, frequency_penalty=1.0), (1,))
+    steering = Steering(asked(Sampling(tokens_max=9, frequency_penalty=1.0), [1]))
     steering.edits([1, *[2, 3] * 50_000], [])
 
     class Tokens(list):
@@ -138,7 +142,7 @@ def test_a_token_costs_the_same_however_long_the_sequence_is():
 
 def sequence(sampling: Sampling, prompt: list[int]) -> Sequence:
     return Sequence(
-        request=Request(id=0, prompt=tuple(prompt), sampling=sampling),
+        request=asked(sampling, prompt),
         choice=0,
         rank=(0, 0, 0),
         length_max=100,

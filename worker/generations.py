@@ -4,12 +4,16 @@ Owns the requests that run. What a record means is `intake.py`'s, what is sent `
 `service.py`'s.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
+from msgspec import structs
+
+from engine.constraint import Constraint
 from engine.errors import RequestRefused
 from engine.types import EngineStats, Finished, FinishReason, Request, StepResult, Token
 from schemas.requests import Tier
@@ -64,8 +68,9 @@ class Generations:
         telemetry: Telemetry,
         tiers: Mapping[str, Tier],
         preview: Callable[[Outgoing], Awaitable[None]],
+        compile: Callable[[str], Awaitable[Constraint]],
     ) -> None:
-        """`tiers` names each topic's tier; `preview` sends a chunk, best effort."""
+        """`tiers` names each topic's tier; `preview` sends a chunk, best effort; `compile` makes a grammar of text."""
         self._engine = engine
         self._intake = intake
         self._outbound = outbound
@@ -74,18 +79,21 @@ class Generations:
         self._telemetry = telemetry
         self._tiers = tiers
         self._send_preview = preview
+        self._compile = compile
         self._ids = count(1)  # of engine requests
+        self._uncompiled: asyncio.Queue[Running] = asyncio.Queue()  # held, and not with the engine yet
         self._running: dict[int, Running] = {}
 
     def __len__(self) -> int:
         return len(self._running)
 
     def begin(self, partition: Partition, record: Record) -> None:
-        """The record's request is with the engine, or its refusal is in the outbox."""
+        """The record's request is with the engine, or its refusal is in the outbox; with a grammar it waits for it."""
         request = next(self._ids)
         try:
             admitted = self._intake.admit(record, self._tiers[record.place.topic], request)
-            self._engine.submit(admitted.request)
+            if admitted.grammar is None:
+                self._engine.submit(admitted.request)
         except RequestRefused as error:
             self._refuse(partition, record, Refused(ErrorCode.INVALID_REQUEST, str(error)))
             return
@@ -93,7 +101,7 @@ class Generations:
             self._refuse(partition, record, error)
             return
         answer = self._outbound.answer(admitted)  # in time: the engine's events come over this event loop
-        self._running[request] = Running(
+        self._running[request] = running = Running(
             partition=partition,
             admitted=admitted,
             account=self._meter.open(request),
@@ -102,6 +110,28 @@ class Generations:
         )
         self._admission.reserve(admitted.tokens_reserved)
         self._telemetry.admitted(request, record, admitted.generate)
+        if admitted.grammar is not None:
+            self._uncompiled.put_nowait(running)
+
+    async def compile(self) -> None:
+        """The next request that needs a grammar has it and is with the engine, or its failure is in the outbox.
+
+        One after the other: a tenant's many or large grammars take one processor, and the engine keeps the rest.
+        """
+        running = await self._uncompiled.get()
+        request = running.admitted.request
+        if running.admitted.grammar is None or self._running.get(request.id) is not running:
+            return  # let go, or answered as late
+        try:
+            constraint, error = await self._compile(running.admitted.grammar), None
+        except RequestError as refused:
+            constraint, error = None, refused
+        if self._running.get(request.id) is not running:
+            return
+        if error:
+            self._answer(running, error)
+        else:
+            self._engine.submit(structs.replace(request, constraint=constraint))
 
     def poison(self, partition: Partition, record: Record) -> None:
         """The record's refusal is in the outbox: it has had all its attempts."""

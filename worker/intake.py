@@ -14,11 +14,12 @@ from msgspec import Struct
 from engine.types import Capacity, Request, Sampling
 from schemas.codec import Malformed, WireLimits, decode_request
 from schemas.cost import dollars, picodollars
-from schemas.requests import AnyGenerate, Chat, ChatBody, Tier
+from schemas.requests import AnyGenerate, AnyText, Chat, ChatBody, Tier
 from schemas.results import ErrorCode, Input
 from worker.brokers.base import Record
 from worker.config import Limits
 from worker.errors import RequestError
+from worker.grammar import source_of
 from worker.text import StopString, Tokenizer
 
 PriceCeiling = Callable[[int, int, str, str], int]  # prompt tokens, output tokens, tier, model -> picodollars
@@ -57,6 +58,7 @@ class Admitted(Struct, frozen=True, kw_only=True):
     request: Request
     tier: Tier
     stops: tuple[StopString, ...]  # the engine knows stop tokens only
+    grammar: str | None  # what the answer must follow: to be compiled before the engine has the request
     tokens_reserved: int  # places of the cache that it may come to need
     admitted_s: float  # seconds since 1970, as `deadline`
 
@@ -91,7 +93,7 @@ class Intake:
         self._wire = WireLimits(value_bytes_max=limits.record_bytes_max)
         self._price_ceiling = price_ceiling
         self._clock = clock
-        self._eos = tuple(sorted(tokenizer.eos_token_ids.union(capacity.eos_token_ids)))
+        self.eos_token_ids = tuple(sorted(tokenizer.eos_token_ids.union(capacity.eos_token_ids)))
 
     def admit(self, record: Record, topic_tier: Tier, id: int) -> Admitted:
         """The request in this record, ready for the engine under the handle `id`. Raises Refused, and nothing else."""
@@ -134,6 +136,7 @@ class Intake:
                 cache_salt=generate.tenant,  # a tenant must not learn by timing what another has asked
             ),
             tier=tier,
+            grammar=self._grammar(generate),
             stops=tuple(StopString(text) for text in ([stop] if isinstance(stop, str) else stop)),
             # Never more than there is: choices beyond the cache's room run one after the other.
             tokens_reserved=min((len(prompt) + tokens_max) * generate.body.n, self._capacity.cache_tokens),
@@ -226,10 +229,20 @@ class Intake:
             repetition_penalty=body.repetition_penalty,
             logit_bias=tuple((body.logit_bias or {}).items()),
             seed=_seed(record) if body.seed is None else body.seed % 2**63,
-            stop_token_ids=(*(() if body.ignore_eos else self._eos), *body.stop_token_ids),
+            stop_token_ids=(*(() if body.ignore_eos else self.eos_token_ids), *body.stop_token_ids),
             num_logprobs=_num_logprobs(generate),
             num_choices=body.n,
         )
+
+    def _grammar(self, generate: AnyGenerate) -> str | None:
+        response_format = generate.body.response_format
+        if response_format is None or isinstance(response_format, AnyText):
+            return None
+        if generate.body.ignore_eos:
+            raise invalid("ignore_eos and response_format contradict each other: a format says where an answer ends")
+        if not self.eos_token_ids:
+            raise invalid("response_format: this model has no token to end an answer with")
+        return source_of(response_format)
 
     @property
     def _room(self) -> int:

@@ -84,11 +84,10 @@ class Service:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._consume())
-                collecting = tasks.create_task(self._collect())
-                committing = tasks.create_task(self._commit())
+                endless = [tasks.create_task(task()) for task in (self._collect, self._commit, self._compile)]
                 await self._leave()
-                collecting.cancel()
-                committing.cancel()
+                for task in endless:
+                    task.cancel()
         except BaseExceptionGroup as failures:
             first = failures.exceptions[0]  # the other tasks were cancelled for it
             raise first from first.__cause__
@@ -156,6 +155,12 @@ class Service:
             if isinstance(result, BaseException):
                 raise Fatal(f"the engine failed: {result}") from result
             await self._generations.apply(result)
+            self._go_on()
+
+    async def _compile(self) -> None:
+        """Makes the grammars that requests wait for."""
+        while True:
+            await self._generations.compile()
             self._go_on()
 
     # -------------------------------------------------------------------------------------------------------- commit

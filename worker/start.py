@@ -29,6 +29,7 @@ from worker.envelope import Envelope
 from worker.errors import Misconfigured
 from worker.exporters import open_exporters
 from worker.generations import Generations
+from worker.grammar import Grammars
 from worker.health import Vitals, serve_health
 from worker.intake import Intake
 from worker.logs import configure_logs
@@ -144,21 +145,23 @@ def assemble(
         worker=worker,
         life=life,
     )
+    intake = Intake(
+        models=[model_folder(settings.model).name],
+        tokenizer=tokenizer,
+        capacity=engine.capacity,
+        limits=settings.limits,
+        price_ceiling=prices.ceiling,
+    )
     generations = Generations(
         engine=engine,
-        intake=Intake(
-            models=[model_folder(settings.model).name],
-            tokenizer=tokenizer,
-            capacity=engine.capacity,
-            limits=settings.limits,
-            price_ceiling=prices.ceiling,
-        ),
+        intake=intake,
         outbound=outbound,
         admission=admission,
         meter=meter,
         telemetry=telemetry,
         tiers=tiers,
         preview=broker.preview,
+        compile=Grammars(tokenizer, engine.capacity.vocab_size, intake.eos_token_ids).compile,
     )
     return Service(
         broker=broker,

@@ -46,7 +46,9 @@ class Tokenizer:
         self._inner = inner
         self._bytes = token_bytes
         self._template = template
-        self._special = frozenset(token for token, added in inner.get_added_tokens_decoder().items() if added.special)
+        self.special_token_ids = frozenset(
+            token for token, added in inner.get_added_tokens_decoder().items() if added.special
+        )
         self.eos_token_ids = eos
 
     def encode(self, text: str, tokens_max: int) -> tuple[int, ...]:
@@ -64,13 +66,17 @@ class Tokenizer:
             raise RequestError(ErrorCode.CONTEXT_EXCEEDED, f"{len(messages)} messages cannot fit {tokens_max} tokens")
         return self._encode(self._template.render(messages), tokens_max, special=False)
 
+    def encode_piece(self, text: str) -> list[int]:
+        """The tokens of a text that stands amid others."""
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of these tokens. Bytes that are no text become U+FFFD."""
         return b"".join(map(self.text_bytes, tokens)).decode(errors="replace")
 
     def text_bytes(self, token: int) -> bytes:
         """What the token adds to the text: nothing if it is special, or no token of ours."""
-        return b"" if token in self._special else self.token_bytes(token)
+        return b"" if token in self.special_token_ids else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
         """The token's name in logprobs: as `text_bytes`, but special tokens have theirs too."""
