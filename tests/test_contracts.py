@@ -52,6 +52,10 @@ def test_only_kernels_import_triton():
     assert {path.partition("/")[0] for path in importers("triton")} <= {"kernels"}
 
 
+def test_only_the_grammar_file_imports_the_compiler_of_grammars():
+    assert importers("llguidance") == {"worker/grammar.py"}
+
+
 def test_the_worker_never_imports_torch():
     assert {path.partition("/")[0] for path in importers("torch")} == {"engine", "kernels"}
 

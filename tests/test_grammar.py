@@ -117,6 +117,33 @@ async def test_whatever_is_chosen_of_what_is_allowed_an_answer_that_ends_is_of_i
     assert len(texts) >= 6
 
 
+KEYWORDS: list[dict[str, Any]] = [
+    {"type": "object", "minProperties": 2},
+    {"type": "object", "patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False},
+    {"allOf": [{"type": "integer"}, {"minimum": 3}, {"maximum": 1000}]},
+    {"type": "integer", "multipleOf": 7, "exclusiveMinimum": -5, "exclusiveMaximum": 1e3},
+    {"type": "number", "minimum": -0.5, "maximum": 2.25},
+    {"const": {"a": [1, 2, None]}},
+    {"type": ["string", "null"], "maxLength": 4},
+    {"type": "array", "prefixItems": [{"type": "integer"}, {"const": "x"}], "items": False},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 5},
+    {"type": "string", "pattern": "^ab+c?$"},
+    {"oneOf": [{"type": "integer"}, {"type": "string", "maxLength": 3}]},
+    {"anyOf": [{"properties": {"k": {"const": 1}}, "required": ["k"], "type": "object"}, {"type": "boolean"}]},
+    {"type": "string", "format": "date-time"},
+    {"type": "string", "format": "uuid"},
+]
+
+
+@pytest.mark.parametrize("content", KEYWORDS, ids=str)
+async def test_each_keyword_that_is_not_refused_is_kept_to(grammars, tokenizer, content):
+    beginning = await compiled(grammars, schema(content))
+    texts = [text for seed in range(12) if (text := written(beginning.start(), tokenizer, seed)) is not None]
+    assert texts
+    for text in texts:
+        jsonschema.validate(json.loads(text), content, format_checker=jsonschema.FormatChecker())
+
+
 async def test_all_choices_can_be_chosen(grammars, tokenizer):
     beginning = await compiled(grammars, OneOf(choices=CITIES))
     for city in CITIES:
@@ -199,6 +226,7 @@ def nested(levels: int) -> dict[str, Any]:
     [
         (schema({"not": {"type": "string"}}), 'not supported: ["not"]'),
         (schema({"type": "object", "dependentRequired": {"a": ["SECRET"]}}), '["dependentRequired"]'),
+        (schema({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "alternatives of oneOf"),
         (schema({"type": "SECRET"}), "a type or format is unknown"),
         (schema({"type": "string", "format": "SECRET"}), "a type or format is unknown"),
         (schema({"$ref": "#"}), "nothing can satisfy it"),

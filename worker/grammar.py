@@ -52,6 +52,7 @@ _REASONS = (
     (r"Unimplemented keys: (\[(?:\"[A-Za-z$]{1,32}\"(?:, )?)+\])", "these keywords are not supported: {}"),
     (r"Invalid type|Unknown format", "a type or format is unknown"),
     (r"Unsatisfiable schema|NoExtension", "nothing can satisfy it"),
+    (r"oneOf", "alternatives of oneOf that may hold together are not supported"),
     (r"recursion limit", "it is nested too deeply"),
     (r"Resource|[Pp]ointer|\$ref", "a $ref leads to nothing within it"),
     (r"too many|limit|too large|too big|[Ff]uel|exceed", "it is too complex"),
