@@ -56,7 +56,7 @@ lint: $(STAMP) ## Check style, types and who may import whom
 parity: $(STAMP) ## Compare each architecture in each weight format with transformers
 	@$(BIN)/python -m tests.parity
 
-quality: $(STAMP) ## Measure what each weight format costs the demo model: perplexity, equal greedy tokens; three minutes
+quality: $(STAMP) ## Measure what each format of weights and cache costs the demo model: perplexity, equal greedy tokens; ten minutes
 	@$(BIN)/python -m benchmarks.quality
 
 bench: $(STAMP) ## Measure the worker's overhead: the engine alone against the whole service

@@ -16,10 +16,12 @@ from engine.errors import EngineMisconfigured
 from engine.loader import Progress, load
 from engine.metering import Meter
 from engine.models.decoder import Decoder, KVCache
+from engine.models.layers import AUTO
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.types import Capacity
 from kernels.backends import pick
+from kernels.cache import CACHE_DTYPES
 
 
 def build(config: EngineConfig, model_path: Path, progress: Progress | None = None) -> Core:
@@ -33,8 +35,12 @@ def build(config: EngineConfig, model_path: Path, progress: Progress | None = No
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     ops = pick(device)
     decoder = load(model_path, ops, weights=config.weights, dtype=dtype, device=device, progress=progress)
-    blocks = BlockCache(_num_blocks(config, decoder), config.block_size)
-    cache = KVCache.allocate(decoder.spec, blocks.num_blocks, config.block_size, dtype, device)
+    cache_dtype = _cache_dtype(config, dtype)
+    try:
+        blocks = BlockCache(_num_blocks(config, decoder, cache_dtype), config.block_size)
+        cache = KVCache.allocate(decoder.spec, blocks.num_blocks, config.block_size, cache_dtype, device)
+    except ValueError as error:
+        raise EngineMisconfigured(f"cache: {error}") from error
     capacity = _capacity(config, decoder, blocks)
 
     def forward(batch: Batch) -> torch.Tensor:
@@ -59,10 +65,16 @@ def _device(config: EngineConfig) -> torch.device:
     return device
 
 
-def _num_blocks(config: EngineConfig, decoder: Decoder) -> int:
+def _cache_dtype(config: EngineConfig, activations: torch.dtype) -> torch.dtype:
+    if config.cache not in (AUTO, *CACHE_DTYPES):
+        raise EngineMisconfigured(f"cache {config.cache!r} is not one of {', '.join((AUTO, *CACHE_DTYPES))}")
+    return activations if config.cache == AUTO else CACHE_DTYPES[config.cache]
+
+
+def _num_blocks(config: EngineConfig, decoder: Decoder, cache_dtype: torch.dtype) -> int:
     if config.cache_tokens:
         return config.cache_tokens // config.block_size
-    bytes_per_block = KVCache.bytes_per_block(decoder.spec, config.block_size, decoder.dtype)
+    bytes_per_block = KVCache.bytes_per_block(decoder.spec, config.block_size, cache_dtype)
     memory_bytes = int(free_memory_bytes(decoder.device) * config.cache_memory_share)
     # More than all sequences at their longest could fill is of no use.
     useful = config.sequences_max * -(-(config.context_max or decoder.spec.context_max) // config.block_size)

@@ -23,9 +23,8 @@ class EngineConfig:
     """How the engine uses the machine. Raises EngineMisconfigured where the numbers cannot work together."""
 
     device: str = "cpu"
-    weights: str = (
-        "auto"  # a name in engine/quant FORMATS, or auto: as the checkpoint has them, floats as the device likes
-    )
+    weights: str = "auto"  # of engine/quant FORMATS, or auto: as the checkpoint has them, its floats as activations
+    cache: str = "auto"  # of kernels/cache.py CACHE_DTYPES, or auto: as activations
     threads: int = 0  # processor threads of tensor work; 0: all cores
 
     block_size: int = 16  # vLLM's too: prefixes are shared in whole blocks, and a sequence wastes half of one

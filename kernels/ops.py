@@ -44,8 +44,9 @@ class Attention(Protocol):
     """Causal softmax attention over the block cache.
 
     query (T, H, D), key_cache (N, B, G, D), value_cache (N, B, G, Dv) -> (T, H, Dv). The caches may be views of wider
-    ones: only their last dimension is contiguous. `window`: a row sees that many positions, its own the last; None:
-    all. `sinks` (H,): each head's softmax has one more term, exp(sink), that adds nothing to the output.
+    ones: only their last dimension is contiguous. They are of any dtype of kernels/cache.py, which says how long
+    rows of int8 are. `window`: a row sees that many positions, its own the last; None: all. `sinks` (H,): each head's
+    softmax has one more term, exp(sink), that adds nothing to the output.
     """
 
     def __call__(
@@ -139,7 +140,7 @@ class Ops:
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     """(key (T, G, D), value (T, G, Dv), key_cache (N, B, G, D), value_cache (N, B, G, Dv), slots (T,)).
 
-    The caches may be views of wider ones: only their last dimension is contiguous.
+    The caches are as in `Attention`.
     """
 
     attention: Attention

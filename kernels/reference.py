@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import weights
+from kernels.cache import by_slot, bytes_of, decode, encode, kept_size
 from kernels.ops import AttentionBatch, Linear, Ops, SamplingRow, WeightKernel
 
 ACTIVATION_GROUP = 64  # neighbours along `in` that share a scale: docs/decisions/0016-rows-quantized-on-cpu.md
@@ -39,9 +40,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """Each token's key and value stand in its slot, in the cache's dtype."""
-    key_cache.view(-1, *key.shape[1:])[slots] = key.to(key_cache.dtype)
-    value_cache.view(-1, *value.shape[1:])[slots] = value.to(value_cache.dtype)
+    """Each token's key and value stand in its slot, as the cache keeps them."""
+    for x, kept in ((key, key_cache), (value, value_cache)):
+        by_slot(kept)[slots] = bytes_of(encode(x, kept.dtype))
 
 
 def attention(
@@ -63,14 +64,15 @@ def attention(
     ):
         key, value = _context(key_cache, table, length), _context(value_cache, table, length)
         outputs.append(_attend(query[start:end], key, value, scale, window, sinks))
-    return torch.cat(outputs) if outputs else query.new_empty(*query.shape[:2], value_cache.shape[-1])
+    return torch.cat(outputs) if outputs else query.new_empty(*query.shape[:2], kept_size(value_cache))
 
 
 def _context(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
     """The cached keys or values of positions 0 .. length - 1: (length, G, D) fp32."""
     block_size = cache.shape[1]
     position = torch.arange(length, device=cache.device)
-    return cache[block_table[position // block_size], position % block_size].float()
+    rows = bytes_of(cache)[block_table[position // block_size], position % block_size]
+    return decode(rows.view(cache.dtype))
 
 
 def _attend(

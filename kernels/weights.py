@@ -12,7 +12,7 @@ from name to tensor, whose first dimension is `out` in every part, so that matri
 
 A byte of nibbles holds two neighbours along `in`, the first in the low one. Scales belong to groups of neighbours along
 `in`. Ours are numbers that bf16 holds; those that others publish may have more bits, of which a backend may keep what
-bf16 keeps: that changes a scale by 2^-9 at most, and a zero, of up to 8 steps, by 1/64 of a step.
+bf16 keeps: that changes a scale by 2^-8 at most, and a zero, of up to 8 steps, by 1/32 of a step.
 
     int8    all of a row
     int4    in / groups of them, a multiple of 32; scale and zero are bf16 or fp32

@@ -82,9 +82,9 @@ def median_error(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).median())
 
 
-def logits(model: Decoder, chunks: Sequence[list[int]]) -> Tensor:
-    """The logits (T, V) of one sequence computed chunk by chunk through one cache."""
-    cache, outputs, start = cache_for(model), [], 0
+def logits(model: Decoder, chunks: Sequence[list[int]], cache_dtype: torch.dtype | None = None) -> Tensor:
+    """The logits (T, V) of one sequence computed chunk by chunk through one cache, by default in the model's dtype."""
+    cache, outputs, start = cache_for(model, cache_dtype), [], 0
     for chunk in chunks:
         outputs.append(step(model, cache, start, chunk, range(len(chunk))))
         start += len(chunk)
@@ -103,11 +103,13 @@ def step(model: Decoder, cache: KVCache, start: int, tokens: list[int], rows: Se
     return model.forward(torch.tensor(tokens), positions, batch, cache, torch.tensor(rows, dtype=torch.int64))
 
 
-def cache_for(model: Decoder) -> KVCache:
+def cache_for(model: Decoder, dtype: torch.dtype | None = None) -> KVCache:
     """A cache full of NaN: whatever is read before it was written shows."""
-    cache = KVCache.allocate(model.spec, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=model.dtype)
-    for tensor in cache.keys + cache.values:
-        tensor.fill_(torch.nan)
+    cache = KVCache.allocate(model.spec, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=dtype or model.dtype)
+    for tensor in cache.keys:
+        tensor.view(torch.uint8).fill_(0xFF)  # NaN in every format; in int8 it is the scale's
+    for tensor in cache.values:
+        tensor.view(torch.uint8).fill_(0xFF)
     return cache
 
 

@@ -172,6 +172,8 @@ class Engine:
     """Where to compute: cpu, cuda, cuda:1; auto: cuda where there is one."""
     weights: str = "auto"
     """Weights: fp32, bf16, int8, fp8, fp8-blocks, int4, int4-g64, int4-g128, mxfp4; auto: the checkpoint's."""
+    cache: Literal["auto", "fp32", "bf16", "fp8", "int8"] = "auto"
+    """Number format of the cache; auto: fp32 on a CPU, bf16 on a GPU."""
     threads: Annotated[int, between(0, 1024)] = 0
     """Processor threads; 0: all cores."""
     block_size: Annotated[int, between(1, 1024)] = 16

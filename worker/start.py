@@ -95,6 +95,7 @@ def _build(settings: Engine, folder: Path) -> Core:
             EngineConfig(
                 device=settings.device,
                 weights=settings.weights,
+                cache=settings.cache,
                 threads=settings.threads,
                 block_size=settings.block_size,
                 cache_tokens=settings.cache_tokens,

@@ -4,8 +4,8 @@ Owns the residual stream and the block cache's tensors. Which blocks belong to w
 batch comes from `engine/batch.py`, and what the logits become is the sampler's.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Self
 
 import torch
@@ -19,6 +19,7 @@ from engine.models.parameters import Parameter
 from engine.models.rotary import inverse_frequencies
 from engine.models.spec import Dense, FeedForward, GroupedQuery, Latent, LayerSpec, Mixer, Mixture, ModelSpec
 from engine.quant import Kept
+from kernels.cache import row_size
 from kernels.ops import AttentionBatch
 
 
@@ -26,7 +27,8 @@ from kernels.ops import AttentionBatch
 class KVCache:
     """What is kept of all tokens in all blocks, for each layer: keys (N, B, G, D) and values (N, B, G, Dv).
 
-    Of latent attention's one tensor the values are a part: the latents, and behind them the rotated keys.
+    `kernels/cache.py` says how, in each of its dtypes. Of latent attention's one tensor the values are a part: the
+    latents, and behind them the rotated keys.
     """
 
     keys: tuple[Tensor, ...]
@@ -36,27 +38,37 @@ class KVCache:
     def allocate(
         cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: str | torch.device = "cpu"
     ) -> Self:
-        """A cache of `num_blocks` blocks, all zero: `num_blocks * bytes_per_block` bytes."""
+        """A cache of `num_blocks` blocks, all zero: `num_blocks * bytes_per_block` bytes.
 
-        def zeros(num_heads: int, size: int) -> Tensor:
-            return torch.zeros(num_blocks, block_size, num_heads, size, dtype=dtype, device=device)
-
-        layers = [_cache_of_layer(layer.mixer, zeros) for layer in spec.layers]
-        return cls(keys=tuple(keys for keys, _ in layers), values=tuple(values for _, values in layers))
+        Raises ValueError where the dtype cannot keep what the model has: int8 has a scale for each key and each value,
+        and latents are both.
+        """
+        keys, values = [], []
+        for layer in spec.layers:
+            num_heads, size, num_tensors = _rows(layer.mixer, dtype)
+            tensors = [
+                torch.zeros(num_blocks, block_size, num_heads, size, dtype=dtype, device=device)
+                for _ in range(num_tensors)
+            ]
+            keys.append(tensors[0])
+            values.append(tensors[0][..., : layer.mixer.latent_size] if isinstance(layer.mixer, Latent) else tensors[1])
+        return cls(tuple(keys), tuple(values))
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
         """What one block costs over all layers, keys and values together."""
-        return block_size * sum(layer.mixer.num_cached for layer in spec.layers) * dtype.itemsize
+        return block_size * sum(prod(_rows(layer.mixer, dtype)) for layer in spec.layers) * dtype.itemsize
 
 
-def _cache_of_layer(mixer: Mixer, zeros: Callable[[int, int], Tensor]) -> tuple[Tensor, Tensor]:
+def _rows(mixer: Mixer, dtype: torch.dtype) -> tuple[int, int, int]:
+    """What one token takes in a layer: heads, the elements of a row, and how many tensors of such there are."""
     match mixer:
         case GroupedQuery(num_kv_heads=num_heads, head_size=size):
-            return zeros(num_heads, size), zeros(num_heads, size)
+            return num_heads, row_size(size, dtype), 2
         case Latent():
-            cache = zeros(1, mixer.num_cached)
-            return cache, cache[..., : mixer.latent_size]
+            if dtype == torch.int8:
+                raise ValueError("a cache of int8 cannot keep the latents of DeepSeek's attention: take fp8 or bf16")
+            return 1, mixer.num_cached, 1
 
 
 class Decoder:

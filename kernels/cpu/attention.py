@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import reference
+from kernels.cache import by_slot, decode, kept_size
 from kernels.ops import AttentionBatch
 
 # A decode or a draft to verify: with so few queries, reading the cache is the work, so the query heads that share a
@@ -54,7 +55,7 @@ def attention(
     plan_key = ("cpu", query.dtype, heads_per_group, key_cache.shape[1])
     if plan_key not in batch.plans:
         batch.plans[plan_key] = list(_plan(batch, key_cache.shape[1], heads_per_group, query.dtype))
-    output = query.new_empty(*query.shape[:2], value_cache.shape[-1])
+    output = query.new_empty(*query.shape[:2], kept_size(value_cache))
     for group in batch.plans[plan_key]:
         if group.rows is None:
             return _attend(query, key_cache, value_cache, group, scale)
@@ -66,7 +67,7 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, group: _Group
     """For query (S * Q, H, D): (S * Q, H, Dv)."""
     num_rows, num_heads, head_size = query.shape
     num_groups = key_cache.shape[2]
-    key, value = (_gather(cache, group) for cache in (key_cache, value_cache))  # (S, G, L, D), (S, G, L, Dv)
+    key, value = (_gather(cache, group, query.dtype) for cache in (key_cache, value_cache))  # (S, G, L, D or Dv)
     query = query.view(group.num_sequences, -1, num_heads, head_size).transpose(1, 2)  # (S, H, Q, D)
     num_queries = query.shape[2]
     if group.is_folded:  # the heads of a group are neighbours: (S, G, H / G * Q, D)
@@ -78,9 +79,10 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, group: _Group
     return output.transpose(1, 2).reshape(num_rows, num_heads, -1)
 
 
-def _gather(cache: Tensor, group: _Group) -> Tensor:
-    rows = cache.view(-1, *cache.shape[2:]).index_select(0, group.slots)  # (S * L, G, D)
-    return rows.view(group.num_sequences, -1, *cache.shape[2:]).transpose(1, 2)
+def _gather(cache: Tensor, group: _Group, dtype: torch.dtype) -> Tensor:
+    rows = by_slot(cache).index_select(0, group.slots).view(cache.dtype)  # (S * L, G, row)
+    kept = rows if cache.dtype == dtype else decode(rows).to(dtype)
+    return kept.view(group.num_sequences, -1, *kept.shape[1:]).transpose(1, 2)
 
 
 def _plan(batch: AttentionBatch, block_size: int, heads_per_group: int, dtype: torch.dtype) -> Iterator[_Group]:

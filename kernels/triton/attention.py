@@ -43,7 +43,11 @@ def attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As the definition, which serves groups of more heads than the largest tile has rows (128; 64 of large heads)."""
+    """As the definition, which serves caches of another dtype than the query's, and more heads in a group than the
+    largest tile has rows (128; 64 of large heads).
+    """
+    if key_cache.dtype != query.dtype:
+        return reference.attention(query, key_cache, value_cache, batch, scale, window, sinks)
     num_heads, key_size = query.shape[1:]
     num_groups, value_size = value_cache.shape[2:]
     heads = num_heads // num_groups  # of one group

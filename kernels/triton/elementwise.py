@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import reference
+
 COLUMNS_PER_WARP = 512  # two 16-byte loads of bf16 a lane
 COLUMNS_PER_PROGRAM = 2048  # of what has no sum along the row: more programs at one token, and four warps each
 
@@ -126,7 +128,13 @@ def _rotary(x, cos, sin, rotated, token_stride, head_stride, num_heads, half, HE
 
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """As the definition. Reads and writes each key and value once: 4 T G (D + Dv) bytes in bf16."""
+    """As the definition, which serves caches of 8 bits.
+
+    Reads and writes each key and value once: 4 T G (D + Dv) bytes in bf16.
+    """
+    if key_cache.dtype.itemsize == 1:
+        reference.write_kv(key, value, key_cache, value_cache, slots)
+        return
     num_tokens, num_groups, key_size = key.shape
     value_size = value.shape[2]
     if num_tokens:
