@@ -17,6 +17,7 @@ from engine.loader import Progress, load
 from engine.metering import Meter
 from engine.models.decoder import Decoder, KVCache
 from engine.models.layers import AUTO
+from engine.models.spec import ModelSpec
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.types import Capacity
@@ -31,16 +32,14 @@ def build(config: EngineConfig, model_path: Path, progress: Progress | None = No
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = _device(config)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device = pick_device(config.device)
+    dtype = activation_dtype(device)
     ops = pick(device)
     decoder = load(model_path, ops, weights=config.weights, dtype=dtype, device=device, progress=progress)
-    cache_dtype = _cache_dtype(config, dtype)
-    try:
-        blocks = BlockCache(_num_blocks(config, decoder, cache_dtype), config.block_size)
-        cache = KVCache.allocate(decoder.spec, blocks.num_blocks, config.block_size, cache_dtype, device)
-    except ValueError as error:
-        raise EngineMisconfigured(f"cache: {error}") from error
+    kept = cache_dtype(config.cache, dtype)
+    block_bytes = bytes_per_block(decoder.spec, config.block_size, kept)
+    blocks = BlockCache(_num_blocks(config, decoder, block_bytes), config.block_size)
+    cache = KVCache.allocate(decoder.spec, blocks.num_blocks, config.block_size, kept, device)
     capacity = _capacity(config, decoder, blocks)
 
     def forward(batch: Batch) -> torch.Tensor:
@@ -54,31 +53,45 @@ def build(config: EngineConfig, model_path: Path, progress: Progress | None = No
     )
 
 
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "auto":
+def pick_device(name: str) -> torch.device:
+    """The device of this name; auto: a GPU where there is one. Raises EngineMisconfigured where it is not there."""
+    if name == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(config.device)
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch has no type of its own for a device that is not there
-        raise EngineMisconfigured(f"device {config.device!r} is of no use: {error}; take cpu, cuda or auto") from error
+        raise EngineMisconfigured(f"device {name!r} is of no use: {error}; take cpu, cuda or auto") from error
     return device
 
 
-def _cache_dtype(config: EngineConfig, activations: torch.dtype) -> torch.dtype:
-    if config.cache not in (AUTO, *CACHE_DTYPES):
-        raise EngineMisconfigured(f"cache {config.cache!r} is not one of {', '.join((AUTO, *CACHE_DTYPES))}")
-    return activations if config.cache == AUTO else CACHE_DTYPES[config.cache]
+def activation_dtype(device: torch.device) -> torch.dtype:
+    """In which the device computes."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _num_blocks(config: EngineConfig, decoder: Decoder, cache_dtype: torch.dtype) -> int:
+def cache_dtype(name: str, activations: torch.dtype) -> torch.dtype:
+    """That of a cache of the format `name`. Raises EngineMisconfigured where there is none."""
+    if name not in (AUTO, *CACHE_DTYPES):
+        raise EngineMisconfigured(f"cache {name!r} is not one of {', '.join((AUTO, *CACHE_DTYPES))}")
+    return activations if name == AUTO else CACHE_DTYPES[name]
+
+
+def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+    """What a block of the cache takes. Raises EngineMisconfigured where the format cannot keep what the model has."""
+    try:
+        return KVCache.bytes_per_block(spec, block_size, dtype)
+    except ValueError as error:
+        raise EngineMisconfigured(str(error)) from error
+
+
+def _num_blocks(config: EngineConfig, decoder: Decoder, block_bytes: int) -> int:
     if config.cache_tokens:
         return config.cache_tokens // config.block_size
-    bytes_per_block = KVCache.bytes_per_block(decoder.spec, config.block_size, cache_dtype)
     memory_bytes = int(free_memory_bytes(decoder.device) * config.cache_memory_share)
     # More than all sequences at their longest could fill is of no use.
     useful = config.sequences_max * -(-(config.context_max or decoder.spec.context_max) // config.block_size)
-    return min(useful, num_blocks_within(memory_bytes, bytes_per_block))
+    return min(useful, num_blocks_within(memory_bytes, block_bytes))
 
 
 def _capacity(config: EngineConfig, decoder: Decoder, blocks: BlockCache) -> Capacity:

@@ -180,6 +180,10 @@ class Checkpoint:
         num_experts = 1 if source.expert is None else entries[0].shape[0]
         return sum(prod(one.shape) * DTYPES[one.dtype].itemsize for one in entries) // num_experts // source.share
 
+    def num_bytes(self, parameter: Parameter) -> int:
+        """What the parameter takes in the files."""
+        return self._bytes_of(self._sources[parameter])
+
     def take(self, parameter: Parameter) -> Kept:
         """The parameter as the files have it, in memory of its own.
 

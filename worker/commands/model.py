@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from cyclopts import App
@@ -11,8 +11,11 @@ from msgspec import Struct
 
 from worker.commands.output import Json, print_json, print_table
 from worker.commands.progress import Report, progress
-from worker.config import model_folder, models_folder
+from worker.config import between, model_folder, models_folder
 from worker.errors import Misconfigured
+
+if TYPE_CHECKING:
+    from engine.inventory import Inventory
 
 app = App(name="model", help="Fetch models, list, inspect and convert them.")
 
@@ -72,17 +75,43 @@ def list_models(*, json: Json = False) -> None:
 
 
 @app.command
-def inspect(model: str, /, *, json: Json = False) -> None:
-    """Say what a model is: its architecture, sizes and number formats.
+def inspect(
+    model: str,
+    /,
+    *,
+    weights: str = "auto",
+    cache: str = "auto",
+    device: str = "auto",
+    memory_gb: Annotated[float, between(0.001, 1e6)] | None = None,
+    json: Json = False,
+) -> None:
+    """Say what a model is, and how much of a machine it will take: its parts, and the tokens that its cache may hold.
 
-    By its name if it was fetched, or by its folder:
+    By its name if it was fetched, or by its folder. `weights`, `cache` and `device` are those of a worker's engine; the
+    memory is what is free here, unless it is given, in GB of 10^9 bytes. Sizes in memory are estimates; a worker gives
+    the cache engine.cache_memory_share of what its weights leave.
 
         tokenmill model inspect smollm2-moe
-        tokenmill model inspect ./Mixtral-8x7B-v0.1
+        tokenmill model inspect ./Mixtral-8x7B-v0.1 --weights int4 --cache fp8 --device cuda --memory-gb 80
     """
-    found = read_model(model_folder(model))
+    from engine.errors import EngineMisconfigured, ModelError
+    from engine.inventory import take_inventory  # brings torch
+
+    found, refusal, inventory = read_model(model_folder(model)), "", None
+    try:
+        inventory = take_inventory(
+            Path(found.folder),
+            weights=weights,
+            cache=cache,
+            device=device,
+            memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
+        )
+    except ModelError as error:
+        refusal = str(error)
+    except EngineMisconfigured as error:
+        raise Misconfigured(str(error)) from error
     if json:
-        print_json(found)
+        print_json(msgspec.to_builtins(found) | {"engine": inventory, "refusal": refusal})
         return
     about = {
         "folder": found.folder,
@@ -93,6 +122,30 @@ def inspect(model: str, /, *, json: Json = False) -> None:
     }
     scalars = {key: value for key, value in found.config.items() if isinstance(value, str | int | float)}
     print_table((found.name, ""), (about | scalars).items())
+    print()
+    if inventory is None:
+        print(f"Our engine does not load it: {refusal}")
+    else:
+        _print_inventory(inventory)
+
+
+def _print_inventory(inventory: "Inventory") -> None:
+    print_table(
+        ("part", "parameters", "MB", "bits each"),
+        [
+            (kind.name, f"{kind.parameters:,}", f"{kind.bytes / 1e6:,.1f}", f"{8 * kind.bytes / kind.parameters:.2f}")
+            for kind in inventory.kinds
+        ],
+    )
+    print()
+    needs = {
+        "parameters": f"{sum(kind.parameters for kind in inventory.kinds):,}",
+        "active for one token": f"{inventory.active_parameters:,}",
+        f"weights in memory ({inventory.weights})": f"{inventory.loaded_bytes / 1e6:,.0f} MB",
+        f"a token in the cache ({inventory.cache})": f"{inventory.cache_bytes_per_token:,} bytes",
+        f"tokens in what is left of {inventory.memory_bytes / 1e9:,.1f} GB": f"{inventory.cache_tokens:,}",
+    }
+    print_table(("needs", ""), needs.items())
 
 
 @app.command

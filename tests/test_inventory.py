@@ -1,0 +1,151 @@
+"""What a model takes of a machine is told before it is loaded, and is what it then takes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.convert import convert
+from engine.errors import EngineMisconfigured, ModelError
+from engine.inventory import LOADED_BITS, Inventory, take_inventory
+from engine.loader import load
+from kernels.backends import BACKENDS, pick
+from tests.published import published, published_mxfp4
+from tests.tiny_models import tiny_deepseek_v2, tiny_mixtral, tiny_qwen2_moe
+from worker.cli import main
+
+MEMORY = 1_000_000_000
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    wide = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}  # so that padding does not count
+    return tiny_mixtral(tmp_path_factory.mktemp("mixtral"), 1, **wide)
+
+
+def inventory(folder: Path, weights: str = "auto", cache: str = "auto", device: str = "cpu") -> Inventory:
+    return take_inventory(folder, weights=weights, cache=cache, device=device, memory_bytes=MEMORY)
+
+
+def test_every_tensor_is_a_part_of_something(mixtral: Path) -> None:
+    tensors = load_file(mixtral / "model.safetensors").values()
+    kinds = inventory(mixtral).kinds
+    assert sum(kind.parameters for kind in kinds) == sum(tensor.numel() for tensor in tensors)
+    assert sum(kind.bytes for kind in kinds) == sum(tensor.nbytes for tensor in tensors)
+    assert [kind.name for kind in kinds] == ["embedding", "head", "norms", "router", "experts", "attention"]
+    by_name = {kind.name: kind.parameters for kind in kinds}
+    assert by_name["experts"] == 2 * 4 * 3 * 256 * 512
+    assert by_name["router"] == 2 * 4 * 256
+    assert by_name["norms"] == 5 * 256
+
+
+def test_of_a_mixture_the_chosen_experts_are_active(mixtral: Path) -> None:
+    there = inventory(mixtral)
+    idle = 2 * (4 - 2) * 3 * 256 * 512  # layers, experts that are not chosen, matrices
+    assert there.active_parameters == sum(kind.parameters for kind in there.kinds) - idle
+
+
+@pytest.mark.parametrize("make", [tiny_qwen2_moe, tiny_deepseek_v2])
+def test_other_parts_have_their_names(tmp_path: Path, make: Any) -> None:
+    names = {kind.name for kind in inventory(make(tmp_path)).kinds}
+    assert names >= {"shared experts", "experts", "router", "attention", "norms"}
+    assert ("feed-forward" in names) == (make is tiny_deepseek_v2)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4", "int4-g128"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_take_in_memory_what_is_told(mixtral: Path, tmp_path: Path, weights: str, tied: bool) -> None:
+    folder = (
+        tiny_mixtral(tmp_path, 1, hidden_size=256, intermediate_size=512, tie_word_embeddings=True) if tied else mixtral
+    )
+    model = load(folder, pick("cpu"), weights=weights, dtype=torch.float32)
+    plain = [tensor for tensor in tensors_of(model) if not tensor.is_mkldnn]  # the routers, small, are packed by oneDNN
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in plain}
+    assert inventory(folder, weights).loaded_bytes == pytest.approx(sum(storages.values()), rel=0.02)
+
+
+def tensors_of(value: Any, seen: set[int] | None = None) -> list[Tensor]:
+    """All tensors that can be reached from an object of ours."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        inner: list[Any] = list(value)
+    elif type(value).__module__.startswith(("engine.", "kernels.")) and hasattr(value, "__dict__"):
+        inner = list(vars(value).values())
+    else:
+        return []
+    return [tensor for one in inner for tensor in tensors_of(one, seen)]
+
+
+def test_all_backends_have_kernels_for_the_layouts_that_are_not_unpacked() -> None:
+    for name in BACKENDS:
+        if name != "reference":
+            assert set(pick("cpu", name).weights) == set(LOADED_BITS), name
+
+
+def test_what_has_no_kernel_is_told_as_it_is_unpacked(tmp_path: Path) -> None:
+    folder, _ = published_mxfp4(tmp_path)
+    on_cpu, on_gpu = inventory(folder), inventory(folder, device="cuda")
+    assert on_cpu.loaded_bytes == 2 * on_gpu.loaded_bytes == 4 * sum(kind.parameters for kind in on_cpu.kinds)
+    assert 8 * on_cpu.kinds[-2].bytes / on_cpu.kinds[-2].parameters == pytest.approx(4.25, abs=0.6)  # with biases
+
+
+def test_what_others_quantized_is_told_as_we_keep_it(tmp_path: Path) -> None:
+    folder, floats = published("awq", tmp_path)
+    assert inventory(folder).loaded_bytes < inventory(floats).loaded_bytes / 3
+    convert(folder, tmp_path / "new", "auto")
+    assert inventory(tmp_path / "new").loaded_bytes == inventory(folder).loaded_bytes
+
+
+def test_the_cache_takes_what_the_weights_leave(mixtral: Path) -> None:
+    token = 2 * 2 * 2 * 64  # layers, keys and values, heads, numbers of each
+    for cache, size in [("auto", 4 * token), ("bf16", 2 * token), ("fp8", token), ("int8", token + 2 * 2 * 2 * 4)]:
+        there = inventory(mixtral, "int8", cache)
+        assert there.cache_bytes_per_token == size
+        assert there.cache_tokens == (MEMORY - there.loaded_bytes) // size
+    tight = take_inventory(mixtral, weights="auto", cache="auto", device="cpu", memory_bytes=1000)
+    assert tight.cache_tokens == 0
+
+
+def test_settings_that_cannot_be_are_named(mixtral: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineMisconfigured, match="int3"):
+        inventory(mixtral, cache="int3")
+    with pytest.raises(ModelError, match="int3"):
+        inventory(mixtral, weights="int3")
+    with pytest.raises(EngineMisconfigured, match="latents"):
+        inventory(tiny_deepseek_v2(tmp_path), cache="int8")
+
+
+def test_the_command_tells_it(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        "model",
+        "inspect",
+        str(mixtral),
+        "--weights",
+        "int4",
+        "--cache",
+        "fp8",
+        "--memory-gb",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert main([*asked, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["engine"]["cache_tokens"] == inventory(mixtral, "int4", "fp8").cache_tokens
+    assert told["refusal"] == ""
+    assert main(asked) == 0
+    table = capsys.readouterr().out
+    assert f"{told['engine']['cache_tokens']:,}" in table
+    assert "active for one token" in table
+    assert main(["model", "inspect", str(mixtral), "--cache", "int3"]) == 78
+    assert "int3" in capsys.readouterr().err
