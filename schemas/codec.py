@@ -17,11 +17,12 @@ import msgspec
 from msgspec import Raw, Struct
 
 from schemas.cost import CostEvent, MeterReading
+from schemas.handoff import Handoff
 from schemas.requests import SCHEMA_LEVELS_MAX, AnyGenerate, Name
 from schemas.results import Chunk, Completion, Input
 
 Headers = Sequence[tuple[str, bytes | None]]  # Kafka allows a key twice and a value of null
-AnyResult = Completion | CostEvent | MeterReading | Chunk
+AnyResult = Completion | CostEvent | MeterReading | Chunk | Handoff
 Result = TypeVar("Result", bound=AnyResult)
 
 JSON_TYPE = "application/json"
@@ -35,6 +36,7 @@ KINDS: dict[type[AnyResult], str] = {
     CostEvent: "tokenmill.cost.v1",
     MeterReading: "tokenmill.meter.v1",
     Chunk: "tokenmill.chunk.v1",
+    Handoff: "tokenmill.handoff.v1",
 }
 
 _CARRIED = ("traceparent", "tracestate", "correlation_id")
@@ -56,7 +58,9 @@ DEFAULT_LIMITS = WireLimits()
 
 
 class Malformed(ValueError):
-    """The record is not a request. Its text names the field at fault; `custom_id` is there if it could be read."""
+    """The record is not what its topic is for. Its text names the field at fault; `custom_id` is there if it could be
+    read.
+    """
 
     def __init__(self, message: str, custom_id: str | None = None) -> None:
         super().__init__(message)
@@ -86,6 +90,17 @@ def decode_request(value: bytes | None, headers: Headers = (), limits: WireLimit
     return request
 
 
+def decode_handoff(value: bytes | None, headers: Headers = ()) -> Handoff:
+    """The handoff in this record of our own topic. Raises Malformed, and nothing else, whatever the bytes are."""
+    _check_size(value, headers, DEFAULT_LIMITS)
+    if header_text(headers, "ce_type") != KINDS[Handoff]:
+        raise Malformed(f"the record is no {KINDS[Handoff]}: workers alone write here")
+    try:
+        return decode_result(Handoff, value or b"")
+    except (ValueError, RecursionError) as error:
+        raise Malformed(_explain(error)) from None
+
+
 def decode_result(kind: type[Result], value: bytes) -> Result:
     """A message of this kind, as we sent it. Fields that a newer writer added are passed over."""
     message: Result = _RESULTS[kind].decode(value)
@@ -109,6 +124,8 @@ def event_id(message: AnyResult) -> str:
             return f"{message.life}/{message.sequence}"
         case Chunk():
             return f"{message.id}/{message.choice}/{message.sequence}"
+        case Handoff():
+            return f"{place_id(message.input)}/{message.handovers}"
         case _:
             return message.id
 

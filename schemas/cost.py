@@ -19,14 +19,16 @@ CostKind = Literal[
     "draft_rejected",  # drafted tokens thrown away
     "recomputed",  # tokens computed again: after a preemption, or of the prompt for another choice
     "discarded",  # tokens generated past a stop string, or for a request that failed
+    "handed_over",  # all work on a choice by a worker that handed the request over
 ]
 
 
 class CostEvent(Struct, frozen=True, kw_only=True):
-    """One entry of a request's bill, published in the transaction of its completion.
+    """One entry of a request's bill, published in the transaction of its completion; handed_over, in its handoff's.
 
-    `index` is the output token's place in its choice, None where the entry counts several tokens. Kinds that nobody
-    owes (draft_rejected, recomputed, discarded) have a price of zero.
+    `index` is the output token's place in its choice, for handed_over how often the request was handed over before, and
+    None where the entry counts several tokens. Kinds that nobody owes (draft_rejected, recomputed, discarded,
+    handed_over) have a price of zero.
     """
 
     id: str  # unique: <input topic>-<partition>-<offset>/<choice>/<kind>[/<index>]

@@ -11,6 +11,7 @@ import msgspec
 
 from schemas.codec import JSON_TYPE, KINDS, MSGPACK_TYPES, REQUEST_KIND
 from schemas.cost import CostEvent, MeterReading
+from schemas.handoff import Handoff
 from schemas.requests import AnyGenerate
 from schemas.results import Chunk, Completion
 
@@ -27,10 +28,12 @@ _CARRIES: dict[str, tuple[str, ...]] = {
     "completions": (KINDS[Completion],),
     "costs": (KINDS[CostEvent], KINDS[MeterReading]),
     "chunks": (KINDS[Chunk],),
+    "handoff": (KINDS[Handoff],),
     "dead_letters": (),
 }
 _REFERENCE = "#/components/schemas/{name}"
-_RECEIVED = ("requests", "batch")
+_RECEIVED = ("requests", "batch", "handoff")
+_SENT = ("completions", "costs", "chunks", "handoff", "dead_letters")
 
 
 def json_schemas() -> dict[str, dict[str, Any]]:
@@ -49,7 +52,7 @@ def json_schemas() -> dict[str, dict[str, Any]]:
 def asyncapi(topics: Mapping[str, str]) -> dict[str, Any]:
     """An AsyncAPI document of a worker that uses these topics.
 
-    `topics` names each by the setting's name: requests, batch, completions, costs, chunks, dead_letters.
+    `topics` names each by the setting's name: requests, batch, completions, costs, chunks, handoff, dead_letters.
     """
     _, components = msgspec.json.schema_components(_TYPES.values(), ref_template=_REFERENCE)
     return {
@@ -61,7 +64,10 @@ def asyncapi(topics: Mapping[str, str]) -> dict[str, Any]:
         },
         "defaultContentType": JSON_TYPE,
         "channels": {name: _channel(topics[name], kinds) for name, kinds in _CARRIES.items()},
-        "operations": {name: _operation(name) for name in _CARRIES},
+        "operations": {
+            **{f"receive_{name}": _operation("receive", name) for name in _RECEIVED},
+            **{f"send_{name}": _operation("send", name) for name in _SENT},
+        },
         "components": {"messages": {kind: _message(kind) for kind in _TYPES}, "schemas": _plain(components)},
     }
 
@@ -74,11 +80,8 @@ def _channel(topic: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _operation(channel: str) -> dict[str, Any]:
-    return {
-        "action": "receive" if channel in _RECEIVED else "send",
-        "channel": {"$ref": f"#/channels/{channel}"},
-    }
+def _operation(action: str, channel: str) -> dict[str, Any]:
+    return {"action": action, "channel": {"$ref": f"#/channels/{channel}"}}
 
 
 def _message(kind: str) -> dict[str, Any]:

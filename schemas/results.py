@@ -179,13 +179,15 @@ class Completion(Struct, frozen=True, kw_only=True):
     worker: str
     bill: Bill | None = None
     timing: Timing | None = None
+    handovers: int = 0  # workers that began it and handed it over half done, before `worker` completed it
 
 
 class Chunk(Struct, frozen=True, kw_only=True):
     """A streamed piece of text on the live topic: a preview, may be lost or repeated; the completion is the truth.
 
-    `sequence` counts up from 0 within one worker's attempt at one choice; a reader that sees it start again drops what
-    it had. `usage` comes with the request's last chunk, where `stream_options.include_usage` asks for it.
+    `sequence` counts up from 0 within one choice; a reader that sees a number again drops what it had from there on,
+    for another worker begins there. `usage` comes with the request's last chunk, where `stream_options.include_usage`
+    asks for it.
     """
 
     id: str

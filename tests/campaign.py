@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -19,6 +20,7 @@ import msgspec
 
 from schemas.codec import decode_result
 from schemas.cost import CostEvent, MeterReading
+from schemas.handoff import Handoff
 from schemas.results import Completion, Input
 from tests.invariants import violations
 from tests.tiny_models import tiny_mixtral
@@ -48,16 +50,22 @@ class Reader:
         self.completions: list[Completion] = []
         self.costs: list[CostEvent] = []
         self.readings: list[MeterReading] = []
+        self.handoffs: list[Handoff] = []
 
     def take(self, record: Record) -> None:
         kinds: dict[bytes, tuple[type[Any], list[Any]]] = {
             b"tokenmill.completion.v1": (Completion, self.completions),
             b"tokenmill.cost.v1": (CostEvent, self.costs),
             b"tokenmill.meter.v1": (MeterReading, self.readings),
+            b"tokenmill.handoff.v1": (Handoff, self.handoffs),
         }
         kind, found = kinds[dict(record.headers)["ce_type"] or b""]
         assert record.value is not None
         found.append(decode_result(kind, record.value))
+
+    @property
+    def num_records(self) -> int:
+        return len(self.completions) + len(self.costs) + len(self.readings) + len(self.handoffs)
 
 
 class Campaign:
@@ -79,13 +87,14 @@ class Campaign:
             **job,
         )
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._lives_before: dict[str, set[str]] = {}  # of each name, when its present process was hired
         self._log = (model.parent / f"{name}.log").open("ab")
 
     @asynccontextmanager
     async def opened(self, partitions: int = 12) -> AsyncIterator["Campaign"]:
         """The topics exist and are read while the body runs; afterwards no worker is left."""
         client = self._kafka.client()
-        names = (*self.topics.intake, *self._results, self.topics.chunks, self.topics.dead_letters)
+        names = self.topics.by_setting.values()
         await create_topics(client, [TopicSpec(name=name, partitions=partitions) for name in names])
         reading = asyncio.create_task(self._read_live())
         try:
@@ -103,6 +112,7 @@ class Campaign:
         """A worker process of this name runs. `freezes_at`: the burst of answers at which it stops itself."""
         job = msgspec.json.encode(msgspec.structs.replace(self._job, name=name, freezes_at=freezes_at)).decode()
         command = [sys.executable, "-m", "tests.worker_process", job]
+        self._lives_before[name] = self._lives(name)
         self._workers[name] = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=self._log)
 
     def pid(self, name: str) -> int:
@@ -132,6 +142,22 @@ class Campaign:
             while (code := self._workers[name].poll()) is None:
                 await asyncio.sleep(0.1)
             return code
+
+    async def until_serving(self, name: str) -> None:
+        """The worker process has committed something. Raises TimeoutError when patience ends."""
+        async with asyncio.timeout(PATIENCE_S):
+            while self._lives(name) == self._lives_before[name]:
+                await asyncio.sleep(0.05)
+
+    def _lives(self, name: str) -> set[str]:
+        return {reading.life for reading in self.live.readings if reading.worker == name}
+
+    async def gone(self, name: str) -> tuple[int, float]:
+        """The worker was told to leave, and has left: its exit code, and how many seconds that took."""
+        asked_s = time.monotonic()
+        self.signal(name, signal.SIGTERM)
+        code = await asyncio.to_thread(self._workers[name].wait, PATIENCE_S)
+        return code, time.monotonic() - asked_s
 
     def revive(self) -> None:
         """Workers that ended by themselves run again, as under any supervisor."""
@@ -180,12 +206,12 @@ class Campaign:
         """The concurrent reader has seen as much as the late one, or patience ends."""
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
-                while len(self.live.costs) + len(self.live.readings) < len(late.costs) + len(late.readings):
+                while self.live.num_records < late.num_records:
                     await asyncio.sleep(0.1)
 
     def violations(self, reader: Reader) -> list[str]:
         """Everything that is wrong with what this reader saw."""
-        return violations(self.asked, reader.completions, reader.costs, reader.readings)
+        return violations(self.asked, reader.completions, reader.costs, reader.readings, reader.handoffs)
 
     @property
     def session_timeout_s(self) -> float:
@@ -193,8 +219,8 @@ class Campaign:
         return self._job.session_timeout_s
 
     @property
-    def _results(self) -> tuple[str, str]:
-        return (self.topics.completions, self.topics.costs)
+    def _results(self) -> tuple[str, ...]:
+        return (self.topics.completions, self.topics.costs, self.topics.handoff)
 
     async def _read_live(self) -> None:
         async with tail(self._kafka.client(), self._results, from_start=True) as records:

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from schemas.cost import CostEvent, MeterReading, picodollars
+from schemas.handoff import Handoff
 from schemas.results import Completion, Input
 
 NS_PER_HOUR = 3_600 * 10**9
@@ -18,13 +19,15 @@ def violations(
     completions: Sequence[Completion],
     costs: Sequence[CostEvent],
     readings: Sequence[MeterReading],
+    handoffs: Sequence[Handoff] = (),
 ) -> list[str]:
     """Everything that is wrong, in words; an empty list means: each request answered once and billed once, to the
-    picodollar."""
+    picodollar, and what was handed over was gone on with."""
     return [
         *answered_once(requests, completions),
         *billed_once(completions, costs),
         *reconciled(costs, readings),
+        *handed_over_once(completions, costs, handoffs),
     ]
 
 
@@ -99,6 +102,54 @@ def reconciled(costs: Sequence[CostEvent], readings: Sequence[MeterReading]) -> 
         found = charged[life] - picodollars(reading.charged)
         if not 0 <= found <= picodollars(reading.wasted.get("unknown", "0")):
             yield f"life {life}: charged {reading.charged}, its cost events say {charged[life]} picodollars"
+
+
+def handed_over_once(
+    completions: Sequence[Completion], costs: Sequence[CostEvent], handoffs: Sequence[Handoff]
+) -> Iterable[str]:
+    """A request's handoffs are numbered without a gap, each goes on from the one before, and its answer from the last.
+
+    No token of a handoff is computed as output by whoever comes after, as far as there is a cost event for each token.
+    """
+    answers = {place(completion.input): completion for completion in completions}
+    events_of: dict[str, list[CostEvent]] = defaultdict(list)
+    for event in costs:
+        events_of[place(event.input)].append(event)
+    chains: dict[str, list[Handoff]] = {}
+    for handoff in sorted(handoffs, key=lambda handoff: handoff.handovers):
+        chains.setdefault(place(handoff.input), []).append(handoff)
+    for where, answer in answers.items():
+        if answer.handovers != (number := len(chains.get(where, ()))):
+            yield f"{where} was handed over {number} times, and its answer says {answer.handovers}"
+    for where, chain in chains.items():
+        if where not in answers:
+            yield f"{where} was handed over and never answered"
+            continue
+        yield from chain_holds(where, chain, events_of[where])
+        response = answers[where].response
+        num_carried = sum(len(choice.tokens) for choice in chain[-1].choices)
+        if response and response.body.usage.completion_tokens < num_carried:
+            num_answered = response.body.usage.completion_tokens
+            yield f"{where} was handed over with {num_carried} tokens and answered with {num_answered}"
+
+
+def chain_holds(where: str, chain: Sequence[Handoff], events: Sequence[CostEvent]) -> Iterable[str]:
+    """One request's handoffs, in order, beside its cost events."""
+    known: dict[int, list[int]] = {}
+    for number, handoff in enumerate(chain, start=1):
+        if handoff.handovers != number:
+            yield f"{where} has a handoff numbered {handoff.handovers} where number {number} should be"
+        before = [event for event in events if event.kind == "handed_over" and (event.index or 0) < number]
+        if (spent := sum(picodollars(event.cost) for event in before)) != picodollars(handoff.spent):
+            yield f"{where} was handed over for {handoff.spent}, its events say {spent} picodollars"
+        for choice, carried in enumerate(handoff.choices):
+            if carried.tokens[: len(known.get(choice, []))] != known.get(choice, []):
+                yield f"{where}/{choice} has lost tokens that were handed over"
+            known[choice] = carried.tokens
+    for event in events:
+        is_known = event.kind == "output" and event.index is not None and event.index < len(known.get(event.choice, []))
+        if is_known and event.device_ns:
+            yield f"{event.id} was handed over and computed again"
 
 
 def place(where: Input) -> str:

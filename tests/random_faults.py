@@ -1,4 +1,4 @@
-"""Anything at any time: crashes, lost answers, slow calls, frozen workers, drains and poisoned requests, by the dice.
+"""Anything at any time: crashes, lost answers, slow calls, frozen workers, hand-overs, poisoned requests, by the dice.
 
 The long run of the simulation. `python -m tests.random_faults --seeds 50000` says how it goes, names each seed that
 went wrong, and ends with 1 if one did; `--first N --seeds 1` replays seed N.
@@ -28,7 +28,13 @@ TRANSACTION = ("begin", "send", "send_positions", "commit")
 
 # At each moment before or after a call of a worker: some dozens of calls to one fault.
 CRASH, UNKNOWN, SLOW, FREEZE = 0.004, 0.003, 0.02, 0.004
-DRAIN_S = (0.5, 8.0)  # from one worker's asking to leave to the next one's
+STAY_S = (0.5, 8.0)  # from a worker's start to when it is asked to leave, if it is
+BUDGETS_S = (0.0, 0.1, 5.0)  # of its leaving: from handing over all that it has, to finishing all
+
+# In some runs answers take more than a second and no worker stays for one: they are handed over again and again.
+RESTLESS = 0.3
+RESTLESS_STAY_S = (0.1, 0.8)
+TOKENS_MAX, RESTLESS_TOKENS_MAX = 8, 150
 
 
 class Weather:
@@ -57,14 +63,14 @@ class Weather:
             await asyncio.sleep(dice.expovariate(1))
 
 
-async def supervise(simulation: Simulation, name: str) -> None:
-    """A worker of this name lives; when it ends, for whatever reason, the next one begins."""
+async def supervise(simulation: Simulation, name: str, stay_s: tuple[float, float]) -> None:
+    """A worker of this name lives and may be asked to leave; when it ends, for whatever reason, the next one begins."""
     dice = random.Random(simulation.dice.random())
     while True:
         weather = Weather(dice, simulation)
-        weather.worker = simulation.hire(name, weather)
+        weather.worker = simulation.hire(name, weather, dice.choice(BUDGETS_S))
         if dice.random() < 0.5:
-            asyncio.get_running_loop().call_later(dice.uniform(*DRAIN_S), weather.worker.drain.ask)
+            asyncio.get_running_loop().call_later(dice.uniform(*stay_s), weather.worker.drain.ask)
         await weather.worker.died.wait()
         await asyncio.sleep(dice.uniform(0, 0.5))
         await simulation.cluster.expire(weather.worker.broker)
@@ -75,10 +81,18 @@ def violations(seed: int, tokenizer: Tokenizer) -> list[str]:
 
     async def main() -> list[str]:
         dice = random.Random(seed)
+        is_restless = dice.random() < RESTLESS
         simulation = Simulation(
-            seed, tokenizer, num_requests=dice.randint(1, 12), num_poisons=dice.choice([0, 0, 0, 1])
+            seed,
+            tokenizer,
+            num_requests=dice.randint(1, 12),
+            num_poisons=dice.choice([0, 0, 0, 1]),
+            tokens_max=RESTLESS_TOKENS_MAX if is_restless else TOKENS_MAX,
+            granularity="token" if is_restless else "request",
         )
-        supervisors = [asyncio.create_task(supervise(simulation, f"w{n}")) for n in range(dice.randint(1, 4))]
+        stay_s = RESTLESS_STAY_S if is_restless else STAY_S
+        names = [f"w{number}" for number in range(dice.randint(1, 4))]
+        supervisors = [asyncio.create_task(supervise(simulation, name, stay_s)) for name in names]
         await simulation.until_answered()
         for supervisor in supervisors:
             supervisor.cancel()

@@ -328,7 +328,7 @@ class TestOnABroker:
         assert main(["topics", "list", *given]) == 1
         assert {row["partitions"] for row in json.loads(capsys.readouterr().out)} == {0}
         assert main(["topics", "create", "--partitions", "3", *given]) == 0
-        assert len(json.loads(capsys.readouterr().out)["created"]) == 6
+        assert len(json.loads(capsys.readouterr().out)["created"]) == 7
         assert main(["topics", "create", "--partitions", "5", *given]) == 0
         assert json.loads(capsys.readouterr().out)["created"] == []
         assert main(["topics", "list", *given]) == 0

@@ -228,7 +228,7 @@ class TestModels:
 def test_all_topics_share_the_prefix_and_differ():
     names = Topics(prefix="a.b").by_setting.values()
     assert all(name.startswith("a.b.") for name in names)
-    assert len(set(names)) == 6
+    assert len(set(names)) == 7
 
 
 def test_settings_are_values():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.types import Charge, StepResult, Usage, Work
 from schemas.cost import CostEvent, MeterReading, picodollars
 from schemas.results import Input
-from worker.cost import HOUR_NS, Account, Attribution, Meter, bill, cost_events
+from worker.cost import HOUR_NS, Account, Attribution, Meter, bill, cost_events, handover_events
 from worker.price_book import PriceBook, Rates
 
 RATE = 2_490_000_000_001  # picodollars an hour: dear, and dividing nothing evenly
@@ -279,6 +279,30 @@ def test_by_request_there_is_one_event_for_each_kind_of_a_choice_with_the_same_s
     assert [event.id for event in coarse] == ["in-3-812/0/prompt", "in-3-812/0/output"]
     assert by_kind(coarse) == by_kind(fine)
     assert bill(coarse, BOOK) == bill(fine, BOOK)
+
+
+def test_what_is_handed_over_costs_what_was_spent_on_each_choice_and_owes_nothing_yet():
+    account = account_of(
+        charge(1, Work.PROMPT, 70_003, tokens=6),
+        charge(1, Work.OUTPUT, 9_001, index=1),
+        charge(1, Work.RECOMPUTED, 8_009, choice=1, tokens=3),
+    )
+    events = handover_events(account, 3, 2, BOOK, WHO)
+    assert [(event.id, event.tokens) for event in events] == [
+        ("in-3-812/0/handed_over/2", 7),
+        ("in-3-812/1/handed_over/2", 3),
+        ("in-3-812/2/handed_over/2", 0),
+    ]
+    assert sum(picodollars(event.cost) for event in events) == account.cost
+    assert sum(event.device_ns for event in events) == 87_013
+    assert all(picodollars(event.price) == 0 for event in events)
+
+
+def test_a_bill_has_the_cost_of_what_was_spent_elsewhere_and_no_price_for_it():
+    events = cost_events(account_of(charge(1, Work.OUTPUT, 10**7, index=3)), [usage(6, 2, 4)], BOOK, WHO)
+    whole, rest = bill(events, BOOK, spent=1000), bill(events, BOOK)
+    assert (picodollars(whole.cost) - picodollars(rest.cost), whole.price) == (1000, rest.price)
+    assert [event.index for event in events if event.kind == "output"] == [0, 1, 2, 3]
 
 
 def test_the_tier_decides_the_price():

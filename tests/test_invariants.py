@@ -4,6 +4,7 @@ import pytest
 from msgspec import structs
 
 from schemas.cost import CostEvent, CostKind, MeterReading
+from schemas.handoff import CarriedChoice, CarriedUsage, Handoff
 from schemas.results import (
     Bill,
     Completion,
@@ -107,9 +108,9 @@ COSTS = [
 READINGS = [reading(sequence=0, wall_ns=0, charged=money(0)), reading()]
 
 
-def found(asked=ASKED, answered=ANSWERED, costs=COSTS, readings=READINGS) -> str:
+def found(asked=ASKED, answered=ANSWERED, costs=COSTS, readings=READINGS, handoffs=()) -> str:
     """All violations, as one text."""
-    return "\n".join(violations(asked, answered, costs, readings))
+    return "\n".join(violations(asked, answered, costs, readings, handoffs))
 
 
 def test_a_ledger_in_order_has_no_violations():
@@ -192,3 +193,78 @@ def test_a_life_without_a_meter_is_noticed():
 
 def test_the_last_reading_of_a_life_counts_in_whatever_order_they_come():
     assert found(readings=READINGS[::-1]) == ""
+
+
+# ----------------------------------------------------------------------------------------------------------- handovers
+
+COUNTS = CarriedUsage(num_prompt=1, num_cached=0, num_drafted=0, num_accepted=0, num_recomputed=0, num_preemptions=0)
+
+
+def handoff(number: int, tokens: list[int], spent: int) -> Handoff:
+    choice = CarriedChoice(tokens=tokens, logprobs=None, usage=COUNTS, finish_reason=None, num_chunks=0)
+    return Handoff(
+        input=place(0), key=None, value=b"", headers=[], timestamp_ms=0, tier="realtime", admitted_s=0,
+        first_token_s=0, handovers=number, spent=money(spent), worker="first", choices=[choice],
+    )  # fmt: skip
+
+
+TWICE = [handoff(1, [7], spent=10), handoff(2, [7, 8], spent=25)]
+MOVED = [
+    event(0, "handed_over", price=0, cost=10, index=0),
+    event(0, "handed_over", price=0, cost=15, index=1),
+    event(0, "prompt", price=1, cost=0),
+    event(0, "recomputed", price=0, cost=5),
+    event(0, "output", price=3, cost=0, index=0),
+    event(0, "output", price=3, cost=0, index=1),
+    event(0, "output", price=3, cost=30, index=2),
+    COSTS[3],
+]
+GONE_ON = [structs.replace(completion(0, price=10, cost=60, num_output=3), handovers=2), failure(1)]
+
+
+def found_of(answered=GONE_ON, costs=MOVED, handoffs=TWICE) -> str:
+    return found(answered=answered, costs=costs, handoffs=handoffs)
+
+
+def test_a_request_that_was_handed_over_twice_has_no_violations():
+    assert found_of() == ""
+
+
+def test_a_lost_handoff_is_noticed():
+    lines = found_of(handoffs=TWICE[1:])
+    assert "was handed over 1 times, and its answer says 2" in lines
+    assert "has a handoff numbered 2 where number 1 should be" in lines
+
+
+def test_a_double_handoff_is_noticed():
+    assert "numbered 1 where number 2 should be" in found_of(handoffs=[*TWICE, TWICE[0]])
+
+
+def test_a_handoff_that_nobody_goes_on_with_is_noticed():
+    lines = found(handoffs=[structs.replace(TWICE[0], input=place(5))])
+    assert lines == "tokenmill.requests-0-5 was handed over and never answered"
+
+
+def test_a_token_that_was_handed_over_and_computed_again_is_noticed():
+    again = [
+        *MOVED[:5],
+        structs.replace(MOVED[5], cost=money(10), device_ns=10),
+        event(0, "output", 3, 20, 2),
+        COSTS[3],
+    ]
+    assert found_of(costs=again) == "tokenmill.requests-0-0/0/output/1 was handed over and computed again"
+
+
+def test_tokens_lost_between_two_handoffs_are_noticed():
+    assert "0-0/0 has lost tokens" in found_of(handoffs=[TWICE[0], handoff(2, [9, 8], spent=25)])
+
+
+def test_tokens_lost_between_handoff_and_answer_are_noticed():
+    long = handoff(2, [7, 8, 9, 10], spent=25)
+    assert "with 4 tokens and answered with 3" in found_of(handoffs=[TWICE[0], long])
+
+
+def test_a_handoff_that_forgets_what_was_spent_is_noticed():
+    assert "was handed over for 0.000000000015, its events say 25" in found_of(
+        handoffs=[TWICE[0], handoff(2, [7, 8], spent=15)]
+    )

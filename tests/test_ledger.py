@@ -19,7 +19,7 @@ from schemas.results import (
     Response,
 )
 from schemas.results import Usage as WireUsage
-from worker.cost import Account, Attribution, Meter, bill, cost_events
+from worker.cost import Account, Attribution, Meter, bill, cost_events, handover_events
 from worker.ledger import PROBLEMS_MAX, Report, reconcile, render
 from worker.price_book import load_price_book
 
@@ -47,11 +47,8 @@ class Worker:
         self.meter.step(StepResult(idle_ns=77, tokens=[], finished=[], charges=charges))
         return account
 
-    def answer(self, account: Account, num_output: int = 3, *, fails: bool = False) -> None:
-        """Flushes one completion, as a transaction would."""
-        self.meter.close(account)
-        source = Input(topic="in", partition=0, offset=account.request)
-        who = Attribution(
+    def who(self, account: Account) -> Attribution:
+        return Attribution(
             request_id=f"in-0-{account.request}",
             custom_id="c",
             tenant="t",
@@ -59,8 +56,20 @@ class Worker:
             tier="realtime",
             worker="w",
             life=self.life,
-            input=source,
+            input=Input(topic="in", partition=0, offset=account.request),
         )
+
+    def hand_over(self, account: Account) -> None:
+        """Flushes one handoff's bill."""
+        self.meter.close(account)
+        self.events += handover_events(account, 1, 0, BOOK, self.who(account))
+        self.readings.append(self.meter.reading([account]))
+        self.meter.charge(account)
+
+    def answer(self, account: Account, num_output: int = 3, *, fails: bool = False, spent: int = 0) -> None:
+        """Flushes one completion, as a transaction would."""
+        self.meter.close(account)
+        who = self.who(account)
         usages = [] if fails else [Usage(num_prompt=10, num_cached=4, num_output=num_output)]
         events = cost_events(account, usages, BOOK, who)
         response = Response(status_code=200, request_id=who.request_id, body=chat_result(num_output))
@@ -73,9 +82,9 @@ class Worker:
                 tenant="t",
                 response=None if fails else response,
                 error=Failed(code="DEADLINE_EXCEEDED", message="late") if fails else None,
-                input=source,
+                input=who.input,
                 worker="w",
-                bill=bill(events, BOOK),
+                bill=bill(events, BOOK, spent),
             )
         )
         self.meter.charge(account)
@@ -283,3 +292,40 @@ def shown(report: Report) -> str:
     with console.capture() as capture:
         console.print(render(report))
     return capture.get()
+
+
+def test_a_request_that_was_handed_over_reconciles_in_both_lives_before_its_answer_and_after(worker):
+    account = worker.run(7)
+    worker.hand_over(account)
+    worker.leave()
+    report = worker.audit()
+    assert (report.is_clean, report.num_handed_over) == (True, 1)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(render(report))
+    assert "1 handed over and not answered yet" in capture.get()
+    heir = Worker("life-2")
+    heir.answer(heir.run(7), spent=account.cost)
+    heir.leave()
+    report = reconcile(
+        worker.events + heir.events, worker.readings + heir.readings, worker.completions + heir.completions
+    )
+    assert report.problems == []
+    assert (report.difference, report.num_handed_over) == (dollars(0), 0)
+
+
+def test_a_bill_that_forgets_what_was_spent_before_the_handover_is_found(worker):
+    worker.hand_over(worker.run(7))
+    heir = Worker("life-2")
+    heir.answer(heir.run(7))
+    report = reconcile(
+        worker.events + heir.events, worker.readings + heir.readings, worker.completions + heir.completions
+    )
+    assert any("in-0-7: the cost on its bill" in problem for problem in report.problems)
+
+
+def test_output_without_an_answer_is_no_handover(worker):
+    worker.answer(worker.run(7))
+    del worker.completions[-1]
+    worker.hand_over(worker.run(7))
+    assert any("in-0-7 is billed" in problem for problem in worker.audit().problems)

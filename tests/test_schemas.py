@@ -19,6 +19,7 @@ from schemas.codec import (
     Malformed,
     WireLimits,
     carried_headers,
+    decode_handoff,
     decode_request,
     decode_result,
     encode,
@@ -26,6 +27,7 @@ from schemas.codec import (
     event_id,
 )
 from schemas.cost import CostEvent, MeterReading, dollars, picodollars
+from schemas.handoff import CarriedChoice, CarriedLogprob, CarriedUsage, Handoff
 from schemas.requests import AnyGenerate, Chat, ChatBody, Complete, Message, StreamOptions, TextBody, TextPart
 from schemas.results import (
     AssistantMessage,
@@ -59,6 +61,7 @@ USAGE = Usage(
     prompt_tokens_details=PromptTokensDetails(cached_tokens=8),
     completion_tokens_details=CompletionTokensDetails(accepted_prediction_tokens=1, rejected_prediction_tokens=3),
 )
+CARRIED = CarriedUsage(num_prompt=12, num_cached=8, num_drafted=4, num_accepted=1, num_recomputed=3, num_preemptions=1)
 LOGPROB = TokenLogprob(
     token="Grüß",
     logprob=-0.25,
@@ -198,7 +201,31 @@ MESSAGES: dict[str, codec.AnyResult | AnyGenerate] = {
         worker="gpu-1",
         usage=USAGE,
     ),
+    "handoff": Handoff(
+        input=PLACE,
+        key=b"ada",
+        value=b'{"custom_id":"order-7"}',
+        headers=[("traceparent", b"00-1"), ("empty", None)],
+        timestamp_ms=1_800_000_000_000,
+        tier="batch",
+        admitted_s=1_800_000_000.5,
+        first_token_s=1_800_000_000.75,
+        handovers=1,
+        spent="0.000000123456",
+        worker="gpu-1",
+        choices=[
+            CarriedChoice(
+                tokens=[17, 4],
+                logprobs=[CarriedLogprob(-0.25, [(17, -0.25), (3, -1.5)]), CarriedLogprob(-0.5, [])],
+                usage=CARRIED,
+                finish_reason=None,
+                num_chunks=2,
+            ),
+            CarriedChoice(tokens=[2], logprobs=None, usage=CARRIED, finish_reason="stop", num_chunks=0),
+        ],
+    ),
 }
+OF_HANDOFFS = [("ce_type", b"tokenmill.handoff.v1")]
 
 
 def refused(value: bytes | None, headers: codec.Headers = (), limits: WireLimits = codec.DEFAULT_LIMITS) -> Malformed:
@@ -364,6 +391,42 @@ def test_an_error_names_the_field():
     assert "$.url" in str(refused(line(chat(url="/v1/embeddings"))))
 
 
+# ----------------------------------------------------------------------------------------------------------- handoffs
+
+
+def test_a_handoff_is_read_as_it_was_sent():
+    message = MESSAGES["handoff"]
+    assert decode_handoff(encode(message), OF_HANDOFFS) == message
+
+
+def test_a_handoff_carries_every_byte_of_its_request():
+    value = bytes(range(256))
+    message = msgspec.structs.replace(MESSAGES["handoff"], value=value, key=value, headers=[("h", value)])
+    assert decode_handoff(encode(message), OF_HANDOFFS) == message
+
+
+@pytest.mark.parametrize(
+    ("value", "headers", "why"),
+    [
+        (encode(MESSAGES["handoff"]), (), "no tokenmill.handoff.v1"),
+        (encode(MESSAGES["handoff"]), [("ce_type", b"tokenmill.handoff.v2")], "no tokenmill.handoff.v1"),
+        (line(chat()), OF_HANDOFFS, "missing required field"),
+        (b"", OF_HANDOFFS, "truncated"),
+        (None, OF_HANDOFFS, "truncated"),
+        (b"\xff", OF_HANDOFFS, "malformed"),
+        (encode(MESSAGES["handoff"]).replace(b"[17,4]", b"[17,-4]"), OF_HANDOFFS, "tokens"),
+        (encode(MESSAGES["handoff"]).replace(b"[17,4]", b'[17,"secret"]'), OF_HANDOFFS, "tokens"),
+        (encode(MESSAGES["handoff"]).replace(b'"handovers":1', b'"handovers":0'), OF_HANDOFFS, "handovers"),
+        (encode(MESSAGES["handoff"]).replace(b"YWRh", b"Y?"), OF_HANDOFFS, "key"),
+        (b"x" * (2 << 20), OF_HANDOFFS, "bytes"),
+    ],
+)
+def test_what_is_no_handoff_is_malformed_and_not_quoted(value, headers, why):
+    with pytest.raises(Malformed, match=why) as error:
+        decode_handoff(value, headers)
+    assert "secret" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------------------------ headers
 
 
@@ -402,7 +465,7 @@ def test_a_valid_trace_context_and_a_correlation_id_are_passed_on(headers, carri
 def test_each_attempt_at_a_result_has_the_same_id_and_each_result_its_own():
     ids = [event_id(message) for message in MESSAGES.values() if not isinstance(message, Chat | Complete)]
     assert ids[0] == ids[1] == ids[2] == codec.place_id(PLACE)  # three answers to one record
-    assert len(set(ids)) == 4
+    assert len(set(ids)) == 5
 
 
 # -------------------------------------------------------------------------------------------------------------- money
@@ -447,10 +510,16 @@ def test_the_json_schema_refuses_what_the_decoder_refuses():
 
 
 def test_the_asyncapi_document_refers_to_nothing_that_it_lacks():
-    topics = {name: f"t.{name}" for name in ("requests", "batch", "completions", "costs", "chunks", "dead_letters")}
+    names = ("requests", "batch", "completions", "costs", "chunks", "handoff", "dead_letters")
+    topics = {name: f"t.{name}" for name in names}
     document = export.asyncapi(topics)
     assert {channel["address"] for channel in document["channels"].values()} == set(topics.values())
-    assert {operation["action"] for operation in document["operations"].values()} == {"send", "receive"}
+    actions = {
+        (operation["action"], operation["channel"]["$ref"].removeprefix("#/channels/"))
+        for operation in document["operations"].values()
+    }
+    assert {channel for _, channel in actions} == set(topics)
+    assert {action for action, channel in actions if channel == "handoff"} == {"send", "receive"}
     references = list(references_in(document))
     assert len(references) > 20
     for reference in references:

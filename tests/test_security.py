@@ -94,12 +94,12 @@ async def one_life(secured: SecuredKafka, transaction_version: int = 2, *, previ
     client = replace(client_of(secured), transaction_version=transaction_version)
     num_before = await num_previews(secured)
     async with asyncio.timeout(REFUSED_S), Sender(secured.admin) as sender:
-        for topic in TOPICS.intake:
+        for topic in TOPICS.consumed:
             await (await sender.send(Outgoing(topic=topic, key=None, value=b"request")))
         await require_topics(client, TOPICS.written, "WRITE")
         owner = Owner(KafkaBroker(client))
         try:
-            await owner.broker.start(TOPICS.intake, owner)
+            await owner.broker.start(TOPICS.consumed, owner)
             await one_burst(owner)
             while previews and await num_previews(secured) == num_before:
                 await asyncio.sleep(0.05)
@@ -113,11 +113,11 @@ async def num_previews(secured: SecuredKafka) -> int:
 
 async def one_burst(owner: Owner) -> None:
     broker = owner.broker
-    while len(owner.places) < len(TOPICS.intake):
+    while len(owner.places) < len(TOPICS.consumed):
         await broker.poll((), 1, 0.05)
     records = [record for place in owner.places for record in await read(broker, [place], 1)]
     positions = {record.place: Position(record.offset + 1) for record in records}
-    results = (TOPICS.completions, TOPICS.costs, TOPICS.dead_letters)
+    results = (TOPICS.completions, TOPICS.costs, TOPICS.handoff, TOPICS.dead_letters)
     outgoing = [Outgoing(topic=topic, key=None, value=b"result") for topic in results]
     await broker.preview(Outgoing(topic=TOPICS.chunks, key=None, value=b"chunk"))
     await transact(broker, outgoing, positions, owner.membership)
@@ -161,7 +161,7 @@ async def test_a_worker_ends_open_transactions_of_its_group_and_sees_no_others(s
     brokers = [KafkaBroker(dead), KafkaBroker(stranger)]
     try:
         for broker in brokers:
-            await broker.start(TOPICS.intake, Owner(broker))
+            await broker.start(TOPICS.consumed, Owner(broker))
             await broker.begin()
             await (await broker.send(Outgoing(topic=TOPICS.completions, key=None, value=b"unfinished")))
         await asyncio.sleep(0.2)
@@ -190,7 +190,7 @@ async def test_brokers_that_refuse_us_are_told_from_brokers_that_are_away(secure
     broker = KafkaBroker(client)
     sending = Sender(client)
     for attempt in (
-        lambda: broker.start(TOPICS.intake, Owner(broker)),
+        lambda: broker.start(TOPICS.consumed, Owner(broker)),
         sending.__aenter__,
         lambda: create_topics(client, [TopicSpec(name="new", partitions=1)]),
     ):
@@ -204,7 +204,7 @@ async def test_another_authoritys_certificate_is_not_enough(secured, tmp_path):
     make_authority(tmp_path)
     client = replace(client_of(secured), ssl_cafile=tmp_path / "ca.pem")
     with pytest.raises(Misconfigured, match=r"no TLS connection.*security\.ca_file"):
-        await require_topics(client, TOPICS.intake)
+        await require_topics(client, TOPICS.consumed)
 
 
 async def test_commands_name_the_right_that_they_lack_and_need_no_other(secured):

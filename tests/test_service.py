@@ -1,17 +1,20 @@
 """The service between a broker in memory and an engine that says what the test says, in virtual time."""
 
 import asyncio
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from engine.constraint import Constraint, Matcher
-from engine.types import Charge, EngineStats, Finished, FinishReason, Request, StepResult, Token, Usage, Work
-from schemas.codec import decode_result
+from engine.types import Charge, EngineStats, Finished, FinishReason, Logprob, Request, StepResult, Token, Usage, Work
+from schemas.codec import decode_handoff, decode_result, encode
 from schemas.cost import CostEvent, MeterReading, picodollars
+from schemas.handoff import Handoff
 from schemas.results import Chunk, Completion, ErrorCode, TextResult
 from tests.hostile import ADMITTED, MODEL, REFUSED, fuzz
 from tests.invariants import violations
@@ -48,12 +51,19 @@ class PlayedEngine:
         self.submitted: list[Request] = []
         self.cancelled: list[tuple[int, int | None]] = []
         self.is_stopped = False
+        self._running: dict[tuple[int, int], Request] = {}
         self._steps = steps
         self._tokenizer = tokenizer
         self._num_output: Counter[tuple[int, int]] = Counter()
 
     def submit(self, request: Request) -> None:
         self.submitted.append(request)
+        for choice in range(request.sampling.num_choices):
+            if not request.progress:
+                self._running[request.id, choice] = request
+            elif not request.progress[choice].is_over:
+                self._running[request.id, choice] = request
+                self._num_output[request.id, choice] = len(request.progress[choice].tokens)
 
     def cancel(self, request_id: int, choice: int | None = None) -> None:
         self.cancelled.append((request_id, choice))
@@ -63,6 +73,8 @@ class PlayedEngine:
 
     def stop(self, timeout_s: float | None = None) -> bool:
         self.is_stopped = True
+        for (_, choice), request in list(self._running.items()):
+            self.ends(request, choice, FinishReason.INTERRUPTED)
         return True
 
     def says(self, request: Request, text: str, choice: int = 0) -> None:
@@ -70,7 +82,8 @@ class PlayedEngine:
         for token in self._tokenizer.encode(text, 100):
             index = self._num_output[request.id, choice]
             self._num_output[request.id, choice] += 1
-            made = Token(request=request.id, choice=choice, index=index, token=token)
+            logprob = None if request.sampling.num_logprobs is None else Logprob(token, -index / 8)
+            made = Token(request=request.id, choice=choice, index=index, token=token, logprob=logprob)
             spent = Charge(
                 request=request.id, choice=choice, work=Work.OUTPUT, num_tokens=1, device_ns=WORK_NS, index=index
             )
@@ -78,6 +91,7 @@ class PlayedEngine:
 
     def ends(self, request: Request, choice: int = 0, reason: FinishReason = FinishReason.LENGTH) -> None:
         """The choice is over."""
+        del self._running[request.id, choice]
         num_output = self._num_output[request.id, choice]
         usage = Usage(num_prompt=len(request.prompt), num_cached=0, num_output=num_output)
         error = "its logits are no numbers" if reason is FinishReason.FAILED else ""
@@ -86,7 +100,7 @@ class PlayedEngine:
 
     def answers(self, request: Request, text: str = "hello") -> None:
         """All choices say the text and are over."""
-        for choice in range(request.sampling.num_choices):
+        for choice in [choice for number, choice in self._running if number == request.id]:
             self.says(request, text, choice)
             self.ends(request, choice)
 
@@ -191,8 +205,21 @@ class Stage:
     def readings(self) -> list[MeterReading]:
         return [decode_result(MeterReading, value(record)) for record in self._of_costs(b"tokenmill.meter.v1")]
 
+    @property
+    def handoffs(self) -> list[Handoff]:
+        return [decode_handoff(record.value, record.headers) for record in self.cluster.committed(TOPICS.handoff)]
+
+    def rewrite_handoff(self, other: Handoff) -> None:
+        """The log has this in the place of its one handoff."""
+        (place,) = [place for place, log in self.cluster.logs.items() if place.topic == TOPICS.handoff and log.entries]
+        entries = self.cluster.logs[place].entries
+        written = entries[0].record
+        assert written
+        entries[0] = dataclasses.replace(entries[0], record=structs.replace(written, value=encode(other)))
+
     def violations(self) -> list[str]:
-        return violations([input_of(record) for record in self._asked], self.completions, self.costs, self.readings)
+        asked = [input_of(record) for record in self._asked]
+        return violations(asked, self.completions, self.costs, self.readings, self.handoffs)
 
     def _of_costs(self, kind: bytes) -> list[Record]:
         return [one for one in self.cluster.committed(TOPICS.costs) if dict(one.headers)["ce_type"] == kind]
@@ -640,7 +667,7 @@ async def test_a_drain_answers_what_fits_and_leaves_the_rest_to_the_next_owner(t
     stage.ask()
     stage.ask()
     long, short = await worker.requests(2)
-    worker.engine.says(long, "not over yet")
+    worker.engine.says(long, "n")  # too little to be handed over
     worker.drain.ask()
     await asyncio.sleep(SOON_S)
     stage.ask()  # too late for this worker

@@ -9,13 +9,14 @@ import structlog
 
 from schemas.results import ErrorCode
 from tests import random_faults, virtual_time
-from tests.simulation import ALL_TOPICS, ATTEMPTS_MAX, Simulation
+from tests.simulation import ALL_TOPICS, ATTEMPTS_MAX, TOPICS, Simulation
 from tests.tiny_tokenizer import save_byte_level
 from worker.brokers.base import Position
 from worker.brokers.memory import Crash, FaultAt, MemoryBroker
 from worker.brokers.memory_cluster import Group
 from worker.errors import OutcomeUnknown
 from worker.flush import _transact
+from worker.intake import Intake
 from worker.offsets import OffsetLedger, pack
 from worker.partition import Partition
 from worker.text import Tokenizer, load_tokenizer
@@ -109,6 +110,50 @@ def test_a_crash_at_any_broker_call_loses_nothing_and_repeats_nothing(tokenizer,
 @pytest.mark.parametrize("seed", range(5))
 def test_an_unknown_outcome_at_any_call_of_a_transaction_is_resolved(tokenizer, seed):
     assert sweep(seed, tokenizer, UnknownAt) > 20
+
+
+async def take_over(simulation: Simulation, fault: FaultAt) -> None:
+    """One worker meets the fault, perhaps while it leaves with all that it has; others go on."""
+    victim = simulation.hire("victim", fault, budget_s=0.0)
+    asyncio.get_running_loop().call_later(0.15, victim.drain.ask)
+    await victim.died.wait()
+    await simulation.cluster.expire(victim.broker)
+    simulation.hire("heir")
+    simulation.hire("victim")
+    await simulation.until_answered()
+    await simulation.dismiss()
+
+
+@pytest.mark.parametrize("progress_fits", [True, False])
+def test_the_checker_sees_tokens_that_are_computed_again(tokenizer, monkeypatch, progress_fits):
+    if not progress_fits:
+        monkeypatch.setattr(Intake, "_fits", lambda _self, _begun, _handoff: False)
+
+    async def main():
+        simulation = Simulation(0, tokenizer, tokens_max=60, granularity="token")
+        await take_over(simulation, FaultAt(10**9, Crash()))
+        assert simulation.handoffs()
+        return [violation for violation in simulation.violations() if "computed again" in violation]
+
+    assert bool(virtual_time.run(main())) is not progress_fits
+
+
+@pytest.mark.parametrize("fault_at", [lambda number: FaultAt(number, Crash()), UnknownAt])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fault_at_any_call_of_a_worker_that_hands_over_loses_nothing_and_repeats_nothing(tokenizer, seed, fault_at):
+    number, reached = 0, True
+    while reached:
+        number += 1
+
+        async def main(number=number):
+            simulation, fault = Simulation(seed, tokenizer, tokens_max=60), fault_at(number)
+            await take_over(simulation, fault)
+            assert simulation.violations() == [], f"seed {seed}, fault at call {number}"
+            return fault.reached, len(simulation.handoffs())
+
+        reached, num_handoffs = virtual_time.run(main())
+    assert num_handoffs > 0
+    assert number > 20
 
 
 class Freeze:
@@ -239,6 +284,28 @@ def without_a_record_of_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.simulation.PATIENCE_S", 10.0)  # dozens of deaths
 
 
+def without_moving_in_one_transaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def transact(broker, bursts, notes, membership):
+        handoffs = [
+            record
+            for burst in bursts.values()
+            for outcome in burst.outcomes
+            for record in outcome.records
+            if record.topic == TOPICS.handoff
+        ]
+        for record in handoffs:
+            await broker.preview(record)
+        for outcome in (outcome for burst in bursts.values() for outcome in burst.outcomes):
+            object.__setattr__(outcome, "records", [one for one in outcome.records if one not in handoffs])
+        await _transact(broker, bursts, notes, membership)
+
+    monkeypatch.setattr("worker.flush._transact", transact)
+
+
+async def crash_while_leaving(simulation: Simulation) -> None:
+    await take_over(simulation, FaultAt(simulation.dice.randint(20, 60), Crash()))
+
+
 async def crash_anywhere(simulation: Simulation) -> None:
     await survive(simulation, FaultAt(simulation.dice.randint(20, 60), Crash()))
 
@@ -259,6 +326,7 @@ async def sleep_before_a_commit(simulation: Simulation) -> None:
         (without_stable_positions, sleep_before_a_commit, 0),
         (without_asking_what_happened, lose_sight_of_a_commit, 0),
         (without_a_record_of_attempts, be_poisoned, 1),
+        (without_moving_in_one_transaction, crash_while_leaving, 0),
     ],
 )
 def test_every_protection_is_needed(tokenizer, monkeypatch, without, scenario, num_poisons):
@@ -266,7 +334,7 @@ def test_every_protection_is_needed(tokenizer, monkeypatch, without, scenario, n
     patience_seeds = 100
 
     async def main(seed):
-        simulation = Simulation(seed, tokenizer, num_requests=8, num_poisons=num_poisons)
+        simulation = Simulation(seed, tokenizer, num_requests=8, num_poisons=num_poisons, tokens_max=40)
         await scenario(simulation)
         return simulation.violations()
 

@@ -40,6 +40,8 @@ class Job(Struct, frozen=True, kw_only=True):
     events: Literal["token", "request"] = "token"
     attempts_max: int = 4
     silence_s_max: float = 120.0  # of the engine
+    drain_s: float = 12.0
+    drafts_max: int = 0
     freezes_at: int = 0  # the burst of answers at which it stops itself; 0: none
 
 
@@ -96,9 +98,17 @@ def main() -> int:
         group=job.group,
         model=job.model,
         worker=job.name,
-        engine=Engine(device="cpu", threads=1, cache_tokens=4096, sequences_max=16, tokens_per_step_max=128),
+        engine=Engine(
+            device="cpu",
+            threads=1,
+            cache_tokens=4096,
+            sequences_max=16,
+            tokens_per_step_max=128,
+            drafts_max=job.drafts_max,
+        ),
         bill=Bill(events=job.events),
         attempts_max=job.attempts_max,
+        drain_s=job.drain_s,
         health=Health(port=0),
     )
     with (

@@ -1,7 +1,8 @@
 """One of a request's answers as its tokens come: the text, the logprobs in OpenAI's two shapes, the end."""
 
-from engine.types import Finished, Logprob, Token
+from engine.types import Finished, Logprob, Token, Usage
 from engine.types import FinishReason as EngineReason
+from schemas.handoff import CarriedChoice, CarriedLogprob
 from schemas.results import (
     AssistantMessage,
     ChatChoice,
@@ -12,6 +13,7 @@ from schemas.results import (
     TokenLogprob,
     TopLogprob,
 )
+from worker import handoff
 from worker.intake import Admitted
 from worker.text import TextStream, Tokenizer
 
@@ -23,24 +25,49 @@ class Choice:
 
     def __init__(self, admitted: Admitted, tokenizer: Tokenizer) -> None:
         self.finished: Finished | None = None
+        self.left_off: Usage | None = None  # its counts where the engine was interrupted, if it was
         self.stream = TextStream(tokenizer, admitted.stops, admitted.request.sampling.tokens_min)
         self._tokenizer = tokenizer
         self._wants_logprobs = admitted.request.sampling.num_logprobs is not None
         self._pieces: list[str] = []
-        self._tokens: list[tuple[Token, int]] = []  # with the number of characters before each; empty if not wanted
+        self._tokens: list[tuple[Token, int]] = []  # with the number of characters before each
 
     def take(self, event: Token) -> str:
         """The text that this token makes final: none past a stop string."""
         if self.stream.stopped:
             return ""
-        if self._wants_logprobs:
-            self._tokens.append((event, self.stream.num_chars))
+        self._tokens.append((event, self.stream.num_chars))
         return self._keep(self.stream.feed(event.token))
 
     def finish(self, event: Finished) -> str:
         """The text that was held back until now."""
         self.finished = event
         return self._keep(self.stream.end())
+
+    def interrupt(self, usage: Usage) -> None:
+        """Another worker may go on from here."""
+        self.left_off = usage
+
+    def carried(self, num_chunks: int) -> CarriedChoice:
+        """What whoever goes on needs to know. Only of a choice that is finished or interrupted."""
+        usage = self.finished.usage if self.finished else self.left_off
+        if usage is None:
+            raise ValueError("the engine has not said how far the choice has come")
+        events = [event for event, _ in self._tokens]
+        return CarriedChoice(
+            tokens=[event.token for event in events],
+            logprobs=[_carried(event) for event in events] if self._wants_logprobs else None,
+            usage=handoff.usage_of(usage),
+            finish_reason=self.finish_reason,
+            num_chunks=num_chunks,
+        )
+
+    def take_up(self, carried: CarriedChoice, request: int, number: int) -> None:
+        """It stands where another worker left off: it has heard again what that one heard."""
+        for event in handoff.tokens(carried, request, number):
+            self.take(event)
+        if end := handoff.end(carried, request, number):
+            self.finish(end)
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -110,6 +137,11 @@ class Choice:
 def _name(raw: bytes) -> str:
     """The token as text: a part of a character shows as U+FFFD, and the bytes beside it say which."""
     return raw.decode(errors="replace")
+
+
+def _carried(event: Token) -> CarriedLogprob:
+    """As finite as it will be shown: the answer is the same whoever makes it."""
+    return CarriedLogprob(_finite(event.logprob), [(one.token, _finite(one)) for one in event.top_logprobs])
 
 
 def _finite(one: Logprob | None) -> float:

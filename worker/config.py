@@ -143,24 +143,34 @@ class Topics:
         return f"{self.prefix}.chunks"
 
     @property
+    def handoff(self) -> str:
+        """The rest of requests that a leaving worker had begun, in the transaction that takes them from their topic."""
+        return f"{self.prefix}.handoff"
+
+    @property
     def dead_letters(self) -> str:
         """Requests that could not be understood, byte for byte."""
         return f"{self.prefix}.dead-letters"
 
     @property
     def intake(self) -> tuple[str, str]:
-        """What workers consume, the more urgent first."""
+        """Where requests come in, the more urgent first."""
         return (self.requests, self.batch)
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        """What workers consume, the most urgent first."""
+        return (self.handoff, *self.intake)
 
     @property
     def written(self) -> tuple[str, ...]:
         """What workers write."""
-        return (self.completions, self.costs, self.chunks, self.dead_letters)
+        return (self.completions, self.costs, self.chunks, self.handoff, self.dead_letters)
 
     @property
     def by_setting(self) -> dict[str, str]:
         """Every topic that must exist, by what it is for."""
-        names = ("requests", "batch", "completions", "costs", "chunks", "dead_letters")
+        names = ("requests", "batch", "completions", "costs", "chunks", "handoff", "dead_letters")
         return {name: getattr(self, name) for name in names}
 
 
@@ -265,8 +275,10 @@ class Settings:
     """Time between two transactions."""
     attempts_max: Annotated[int, between(2, 100)] = 4
     """Attempts at one request that may end with the worker's death, before it is answered POISONED."""
-    drain_s: Annotated[float, between(0, 3600)] = 12
-    """Time to finish what runs after SIGTERM."""
+    drain_s: Annotated[float, between(0, 3600)] = 8
+    """Time to finish what runs once told to leave; the rest is handed over."""
+    handover_tokens_min: Annotated[int, between(1, 1 << 20)] = 8
+    """Tokens of an answer from which its request is handed over; fewer are computed again."""
     ageing_s: Annotated[float, between(0, 86_400)] = 5
     """Time that batch requests wait at most behind realtime ones."""
     health: Annotated[Health, Parameter(group="Health")] = field(default_factory=Health)

@@ -194,15 +194,32 @@ def cost_events(
     return [_event(key, line, book.version, attribution) for key, line in lines.items()]
 
 
-def bill(events: Sequence[CostEvent], book: PriceBook) -> Bill:
-    """The sum of the events."""
+def handover_events(
+    account: Account, num_choices: int, handovers: int, book: PriceBook, attribution: Attribution
+) -> list[CostEvent]:
+    """All work on a request that goes on elsewhere, by choice: costs add up to the account, and nothing is owed yet.
+
+    `handovers`: how often it was handed over before.
+    """
+    lines = {(choice, HANDED_OVER, handovers): _Line() for choice in range(num_choices)}
+    for (choice, _, _), entry in account.entries.items():
+        line = lines[choice, HANDED_OVER, handovers]
+        line.tokens += entry.tokens
+        line.cost += entry.cost
+        line.device_ns += entry.device_ns
+    return [_event(key, line, book.version, attribution) for key, line in lines.items()]
+
+
+def bill(events: Sequence[CostEvent], book: PriceBook, spent: int = 0) -> Bill:
+    """The sum of the events, and of those of before that came to `spent` picodollars of cost."""
     return Bill(
         price=dollars(sum(picodollars(event.price) for event in events)),
-        cost=dollars(sum(picodollars(event.cost) for event in events)),
+        cost=dollars(spent + sum(picodollars(event.cost) for event in events)),
         price_book=book.version,
     )
 
 
+HANDED_OVER: CostKind = "handed_over"
 _Key = tuple[int, CostKind, int | None]  # choice, kind, index
 _OWED: frozenset[CostKind] = frozenset(("prompt", "prompt_cached", "output"))
 

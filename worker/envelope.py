@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
-from schemas.codec import carried_headers, encode, event_headers, id_header, shared_headers
+from schemas.codec import carried_headers, encode, event_headers, event_id, id_header, shared_headers
 from schemas.cost import CostEvent, MeterReading
+from schemas.handoff import Handoff
 from schemas.results import Chunk, Completion, ErrorCode
 from worker.brokers.base import Headers, Outgoing, Record
 from worker.config import Topics
@@ -48,6 +49,20 @@ class Envelope:
         """For the ledger. The key keeps one life's readings in order, in one partition."""
         headers = event_headers(message, source=self._source, subject=message.worker, time_s=self.clock())
         return Outgoing(topic=self._topics.costs, key=message.life.encode(), value=encode(message), headers=headers)
+
+    def handoff(self, message: Handoff, request: Record, custom_id: str) -> Outgoing | None:
+        """For whichever worker goes on; None where it would be too large. The key spreads them over all workers."""
+        headers = event_headers(
+            message,
+            source=self._source,
+            subject=custom_id,
+            time_s=self.clock(),
+            carried=carried_headers(request.headers),
+        )
+        key, value = event_id(message).encode(), encode(message)
+        if _size(key, value, headers) > RECORD_BYTES_MAX:
+            return None
+        return Outgoing(topic=self._topics.handoff, key=key, value=value, headers=headers)
 
     def dead_letter(self, request: Record, error: RequestError) -> Outgoing:
         """The record as it came, byte for byte, with headers that say what is wrong with it.

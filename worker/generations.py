@@ -6,7 +6,7 @@ Owns the requests that run. What a record means is `intake.py`'s, what is sent `
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -16,12 +16,13 @@ from msgspec import structs
 from engine.constraint import Constraint
 from engine.errors import RequestRefused
 from engine.types import EngineStats, Finished, FinishReason, Request, StepResult, Token
-from schemas.requests import Tier
+from schemas.handoff import Handoff
 from schemas.results import ErrorCode
-from worker.admission import Admission
+from worker.admission import HANDOFF, Admission, Lane
 from worker.brokers.base import Outgoing, Record
 from worker.cost import Account, Meter, WasteReason
 from worker.errors import RequestError
+from worker.handoff import origin
 from worker.intake import Admitted, Intake, Refused
 from worker.outbound import Outbound
 from worker.outcome import Answer
@@ -48,10 +49,16 @@ class Running:
     """A request that the engine has, and the partition that waits for its answer."""
 
     partition: Partition
+    offset: int  # of the record that is finished with it: the request's own, or its handoff's
     admitted: Admitted
     account: Account
     answer: Answer
     preview: Preview | None
+
+    @property
+    def num_chunks(self) -> Sequence[int]:
+        """Previews sent of each choice."""
+        return self.preview.num_sent if self.preview else [0] * self.admitted.request.sampling.num_choices
 
 
 class Generations:
@@ -66,20 +73,25 @@ class Generations:
         admission: Admission,
         meter: Meter,
         telemetry: Telemetry,
-        tiers: Mapping[str, Tier],
+        lanes: Mapping[str, Lane],
         preview: Callable[[Outgoing], Awaitable[None]],
         compile: Callable[[str], Awaitable[Constraint]],
+        handover_tokens_min: int,
     ) -> None:
-        """`tiers` names each topic's tier; `preview` sends a chunk, best effort; `compile` makes a grammar of text."""
+        """`lanes` names each topic's lane; `preview` sends a chunk, best effort; `compile` makes a grammar of text.
+
+        `handover_tokens_min`: tokens of an answer below which it is cheaper to compute them again than to hand it over.
+        """
         self._engine = engine
         self._intake = intake
         self._outbound = outbound
         self._admission = admission
         self._meter = meter
         self._telemetry = telemetry
-        self._tiers = tiers
+        self._lanes = lanes
         self._send_preview = preview
         self._compile = compile
+        self._handover_tokens_min = handover_tokens_min
         self._ids = count(1)  # of engine requests
         self._uncompiled: asyncio.Queue[Running] = asyncio.Queue()  # held, and not with the engine yet
         self._running: dict[int, Running] = {}
@@ -89,27 +101,29 @@ class Generations:
 
     def begin(self, partition: Partition, record: Record) -> None:
         """The record's request is with the engine, or its refusal is in the outbox; with a grammar it waits for it."""
-        request = next(self._ids)
+        request, handoff = next(self._ids), None
         try:
-            admitted = self._intake.admit(record, self._tiers[record.place.topic], request)
+            handoff = self._handoff(record)
+            admitted = self._admit(record, handoff, request)
             if admitted.grammar is None:
                 self._engine.submit(admitted.request)
         except RequestRefused as error:
-            self._refuse(partition, record, Refused(ErrorCode.INVALID_REQUEST, str(error)))
+            self._refuse(partition, record, Refused(ErrorCode.INVALID_REQUEST, str(error)), handoff)
             return
         except Refused as error:
-            self._refuse(partition, record, error)
+            self._refuse(partition, record, error, handoff)
             return
         answer = self._outbound.answer(admitted)  # in time: the engine's events come over this event loop
         self._running[request] = running = Running(
             partition=partition,
+            offset=record.offset,
             admitted=admitted,
             account=self._meter.open(request),
             answer=answer,
             preview=Preview(answer) if admitted.generate.body.stream else None,
         )
         self._admission.reserve(admitted.tokens_reserved)
-        self._telemetry.admitted(request, record, admitted.generate)
+        self._telemetry.admitted(request, record, admitted.generate, is_resumed=bool(admitted.carried))
         if admitted.grammar is not None:
             self._uncompiled.put_nowait(running)
 
@@ -135,11 +149,29 @@ class Generations:
 
     def poison(self, partition: Partition, record: Record) -> None:
         """The record's refusal is in the outbox: it has had all its attempts."""
-        self._refuse(partition, record, self._intake.poisoned(record, partition.attempts(record.offset)))
+        try:
+            handoff = self._handoff(record)
+        except Refused as error:
+            self._refuse(partition, record, error)
+            return
+        asked = origin(handoff) if handoff else record
+        self._refuse(partition, record, self._intake.poisoned(asked, partition.attempts(record.offset)), handoff)
 
-    def _refuse(self, partition: Partition, record: Record, error: Refused) -> None:
+    def _handoff(self, record: Record) -> Handoff | None:
+        """What is left of the request, if another worker has begun it. Raises Refused where that cannot be read."""
+        return self._intake.handoff(record) if self._lanes[record.place.topic] == HANDOFF else None
+
+    def _admit(self, record: Record, handoff: Handoff | None, request: int) -> Admitted:
+        if handoff:
+            return self._intake.resume(handoff, request)
+        lane = self._lanes[record.place.topic]
+        assert lane != HANDOFF
+        return self._intake.admit(record, lane, request)
+
+    def _refuse(self, partition: Partition, record: Record, error: Refused, handoff: Handoff | None = None) -> None:
+        asked = origin(handoff) if handoff else record
         self._telemetry.refused(record, error.code)
-        partition.finish(record.offset, Outcome(records=self._outbound.refusal(record, error)))
+        partition.finish(record.offset, Outcome(records=self._outbound.refusal(asked, error, handoff)))
 
     async def apply(self, result: StepResult) -> None:
         """A step of the engine becomes text, previews and answers. Whose deadline has passed by then is given up."""
@@ -166,7 +198,7 @@ class Generations:
 
     async def _finished(self, finished: Finished) -> None:
         running = self._running.get(finished.request)
-        if running is None or finished.reason is FinishReason.INTERRUPTED:  # the next owner begins it anew
+        if running is None:
             return
         text = running.answer.finish(finished)
         if finished.reason is FinishReason.FAILED:  # the other choices would be generated for nothing
@@ -196,7 +228,24 @@ class Generations:
         records = self._outbound.records(running.answer, running.account, fault)
         self._report(running, fault)
         outcome = Outcome(records=records, account=running.account)
-        running.partition.finish(running.admitted.record.offset, outcome)
+        running.partition.finish(running.offset, outcome)
+
+    def hand_over(self) -> None:
+        """What the engine was interrupted at is in the outbox, for another worker to go on with.
+
+        What is not worth that, or too large for a record, stays here until it is let go: its next owner begins anew.
+        """
+        for running in list(self._running.values()):
+            answer = running.answer
+            if not answer.can_be_handed_over or answer.num_new < self._handover_tokens_min:
+                continue
+            records = self._outbound.handoff(answer, running.account, running.num_chunks)
+            if not records:
+                continue
+            self._forget(running)
+            self._meter.close(running.account)
+            self._telemetry.handed_over(running.admitted.request.id)
+            running.partition.finish(running.offset, Outcome(records=records, account=running.account))
 
     def _report(self, running: Running, fault: RequestError | None) -> None:
         request, answer = running.admitted.request, running.answer

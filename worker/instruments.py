@@ -71,7 +71,11 @@ class Instruments:
         self.flush_retries = Tally(meter, "tokenmill.flush.retries", "{attempt}", "Attempts after the first")
         self.unknown_outcomes = Tally(meter, "tokenmill.flush.unknown_outcomes", "{flush}", "Lost sight of")
         self.fenced = Tally(meter, "tokenmill.partitions.fenced", "{partition}", "Lost to another worker")
-        for rare in (self.flush_retries, self.unknown_outcomes, self.fenced):
+        self.handed_over = Tally(
+            meter, "tokenmill.requests.handed_over", "{request}", "Left half done to another worker"
+        )
+        self.resumed = Tally(meter, "tokenmill.requests.resumed", "{request}", "Gone on with where another worker left")
+        for rare in (self.flush_retries, self.unknown_outcomes, self.fenced, self.handed_over, self.resumed):
             rare.add(0)  # there from the start, so that the first one shows as a rise
 
     def _observe(self, meter: Meter) -> None:

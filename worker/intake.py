@@ -7,24 +7,29 @@ nothing between two requests.
 
 import hashlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from engine.config import check_request
+from engine.errors import RequestRefused
 from engine.types import Capacity, Request, Sampling
-from schemas.codec import Malformed, WireLimits, decode_request
+from schemas.codec import Malformed, WireLimits, decode_handoff, decode_request
 from schemas.cost import dollars, picodollars
+from schemas.handoff import CarriedChoice, Handoff
 from schemas.requests import AnyGenerate, AnyText, Chat, ChatBody, Tier
 from schemas.results import ErrorCode, Input
 from worker.brokers.base import Record
 from worker.config import Limits
 from worker.errors import RequestError
 from worker.grammar import source_of
+from worker.handoff import origin, progress
 from worker.text import StopString, Tokenizer
 
 PriceCeiling = Callable[[int, int, str, str], int]  # prompt tokens, output tokens, tier, model -> picodollars
 
 PRIORITIES: dict[Tier, int] = {"realtime": 0, "batch": 1}
+PRIORITY_HANDED_OVER = -1  # ahead of fresh work of any tier: it has had its turn
 
 # Below this, sampling and taking the likeliest differ in nothing but rounding: a lead of 0.1 is already odds of e**10.
 # And logits divided by 1e-300 are infinite.
@@ -60,7 +65,23 @@ class Admitted(Struct, frozen=True, kw_only=True):
     stops: tuple[StopString, ...]  # the engine knows stop tokens only
     grammar: str | None  # what the answer must follow: to be compiled before the engine has the request
     tokens_reserved: int  # places of the cache that it may come to need
-    admitted_s: float  # seconds since 1970, as `deadline`
+    admitted_s: float  # seconds since 1970, as `deadline`; by the first worker that did
+    handoff: Handoff | None = None  # where another worker has begun it
+
+    @property
+    def carried(self) -> Sequence[CarriedChoice]:
+        """How far each choice had come when it was handed over; empty where none is gone on with."""
+        return self.handoff.choices if self.handoff and self.request.progress else ()
+
+    @property
+    def handovers(self) -> int:
+        """How often it was handed over."""
+        return self.handoff.handovers if self.handoff else 0
+
+    @property
+    def spent(self) -> int:
+        """What other workers' work on it has cost, in picodollars; in cost events of its own."""
+        return picodollars(self.handoff.spent) if self.handoff else 0
 
     @property
     def input(self) -> Input:
@@ -108,6 +129,24 @@ class Intake:
         except RequestError as error:
             raise Refused(error.code, error.message, generate.custom_id, generate.tenant) from error
 
+    def handoff(self, record: Record) -> Handoff:
+        """What is left of a request that another worker has begun. Raises Refused, and nothing else."""
+        try:
+            return decode_handoff(record.value, record.headers)
+        except Malformed as error:
+            raise Refused(ErrorCode.INVALID_REQUEST, str(error)) from error
+
+    def resume(self, handoff: Handoff, id: int) -> Admitted:
+        """The request, ready to be gone on with: all that `admit` checks holds. Raises Refused, and nothing else.
+
+        Progress that is not this model's is left aside: the request itself is there, and begins anew.
+        """
+        admitted = self.admit(origin(handoff), handoff.tier, id)
+        fresh = structs.replace(admitted.request, priority=PRIORITY_HANDED_OVER)
+        begun = structs.replace(fresh, progress=tuple(map(progress, handoff.choices)))
+        request = begun if self._fits(begun, handoff) else fresh
+        return structs.replace(admitted, request=request, handoff=handoff, admitted_s=handoff.admitted_s)
+
     def poisoned(self, record: Record, num_deaths: int) -> Refused:
         """The refusal of a record that has killed its workers. It is decoded, for its names, and nothing more."""
         message = f"{num_deaths} workers have died while they worked on this request, the last one on it alone"
@@ -141,6 +180,19 @@ class Intake:
             # Never more than there is: choices beyond the cache's room run one after the other.
             tokens_reserved=min((len(prompt) + tokens_max) * generate.body.n, self._capacity.cache_tokens),
             admitted_s=now_s,
+        )
+
+    def _fits(self, begun: Request, handoff: Handoff) -> bool:
+        """Whether the tokens that were carried can have come of this model and this request."""
+        wants_logprobs = begun.sampling.num_logprobs is not None
+        try:
+            check_request(begun, self._capacity)
+        except RequestRefused:
+            return False
+        return all(
+            choice.usage.num_prompt == len(begun.prompt)
+            and (len(choice.logprobs) == len(choice.tokens) if choice.logprobs is not None else not wants_logprobs)
+            for choice in handoff.choices
         )
 
     def _check(self, generate: AnyGenerate, now_s: float) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from schemas.cost import CostEvent, MeterReading, dollars, picodollars
 from schemas.results import Completion, Input
-from worker.cost import HOUR_NS
+from worker.cost import HANDED_OVER, HOUR_NS
 
 PROBLEMS_MAX = 100  # named in a report; past that a reader needs the count, not the list
 KILLED = "killed"  # what was held when a worker's life ended without a final reading: wasted by whoever killed it
@@ -55,6 +55,7 @@ class Report(Struct, frozen=True, kw_only=True):
 
     num_events: int
     num_billed: int  # requests that have cost events
+    num_handed_over: int  # of them, those that wait half done for a worker to go on with
     num_completions: int | None  # None: completions were not looked at
     price: str
     cost: str
@@ -110,6 +111,7 @@ class _Audit:
     num_events: int = 0
     by_request: dict[Input, _Sums] = field(default_factory=dict)
     by_row: dict[tuple[str, str, str, str], _Sums] = field(default_factory=dict)
+    num_handed_over: int = 0
     cost_by_life: dict[str, int] = field(default_factory=dict)
     difference: int = 0
     problems: list[str] = field(default_factory=list)
@@ -191,8 +193,11 @@ class _Audit:
             self._check_usage(place, completion)
             self._check_bill(place, completion)
         for unanswered in self.by_request.keys() - answered:
-            place, owed = _place(unanswered), self.by_request[unanswered].price
-            self.problem(f"request {place} is billed {dollars(owed)} but not answered", owed)
+            place, sums = _place(unanswered), self.by_request[unanswered]
+            if sums.tokens.keys() == {HANDED_OVER}:  # owes nothing yet: its answer's events will
+                self.num_handed_over += 1
+            else:
+                self.problem(f"request {place} is billed {dollars(sums.price)} but not answered", sums.price)
         return len(answered)
 
     def _check_usage(self, place: str, completion: Completion) -> None:
@@ -238,6 +243,7 @@ class _Audit:
         return Report(
             num_events=self.num_events,
             num_billed=len(self.by_request),
+            num_handed_over=self.num_handed_over,
             num_completions=num_completions,
             price=dollars(sum(sums.price for sums in self.by_row.values())),
             cost=dollars(sum(self.cost_by_life.values())),
@@ -261,6 +267,8 @@ def render(report: Report) -> RenderableType:
         parts.append(Text(f"  and {unnamed} more", style="red"))
     answered = "" if report.num_completions is None else f"{report.num_completions:,} answered, "
     counts = f"{answered}{report.num_billed:,} billed, {report.num_events:,} cost events"
+    if report.num_handed_over:
+        counts += f", {report.num_handed_over:,} handed over and not answered yet"
     verdict = "reconciled" if report.is_clean else f"NOT reconciled, {report.num_problems:,} problems"
     text = f"{counts}: {verdict}, difference ${report.difference}"
     return Group(*parts, Text(text, style="bold green" if report.is_clean else "bold red"))

@@ -6,10 +6,11 @@ headers are `envelope.py`'s. Pure but for the envelope's clock; the service send
 
 from collections.abc import Sequence
 
-from schemas.cost import CostEvent, MeterReading
+from schemas.cost import CostEvent, MeterReading, picodollars
+from schemas.handoff import Handoff
 from schemas.results import Chunk, Completion
 from worker.brokers.base import Outgoing, Record
-from worker.cost import Account, Attribution, Granularity, bill, cost_events
+from worker.cost import Account, Attribution, Granularity, bill, cost_events, handover_events
 from worker.envelope import DEAD_LETTERED, Envelope
 from worker.errors import RequestError
 from worker.intake import Admitted, Refused
@@ -42,9 +43,11 @@ class Outbound:
         """An answer to gather the engine's events in."""
         return Answer(admitted, self._tokenizer, self._worker, self._envelope.clock)
 
-    def refusal(self, record: Record, error: Refused) -> Sequence[Outgoing]:
-        """The failure of a record that never became a request."""
-        completion = failure(record, error, self._worker)
+    def refusal(self, record: Record, error: Refused, handoff: Handoff | None = None) -> Sequence[Outgoing]:
+        """The failure of a record that never became a request; with `handoff`, of one that was to be gone on with."""
+        spent = bill((), self._prices, picodollars(handoff.spent)) if handoff else None
+        handovers = handoff.handovers if handoff else 0
+        completion = failure(record, error, self._worker, bill=spent, handovers=handovers)
         return [self._envelope.completion(completion, record), *self._dead_letter(record, error)]
 
     def records(self, answer: Answer, account: Account, fault: RequestError | None) -> Sequence[Outgoing]:
@@ -53,7 +56,7 @@ class Outbound:
         `fault`: why it is a failure, be it the answer's own fault or that the request is given up.
         """
         events = self._bill(answer, account, is_owed=fault is None)
-        amount = bill(events, self._prices)
+        amount = bill(events, self._prices, answer.admitted.spent)
         completion: Completion = answer.give_up(fault, amount) if fault else answer.completion(amount)
         record = answer.admitted.record
         return [
@@ -61,6 +64,19 @@ class Outbound:
             *self._envelope.costs(events, record),
             *(self._dead_letter(record, fault) if fault else ()),
         ]
+
+    def handoff(self, answer: Answer, account: Account, num_chunks: Sequence[int]) -> Sequence[Outgoing]:
+        """What another worker goes on with, and what the work so far has cost; nothing where it is too large to send.
+
+        `num_chunks`: the previews sent of each choice.
+        """
+        admitted = answer.admitted
+        message = answer.handoff(admitted.spent + account.cost, num_chunks)
+        record = self._envelope.handoff(message, admitted.record, admitted.generate.custom_id)
+        if record is None:
+            return ()
+        events = handover_events(account, len(num_chunks), admitted.handovers, self._prices, self._attribution(answer))
+        return [record, *self._envelope.costs(events, admitted.record)]
 
     def chunk(self, chunk: Chunk, record: Record) -> Outgoing:
         """A preview."""
@@ -71,8 +87,12 @@ class Outbound:
         return self._envelope.meter(reading)
 
     def _bill(self, answer: Answer, account: Account, *, is_owed: bool) -> list[CostEvent]:
+        usages = answer.owed if is_owed else ()
+        return cost_events(account, usages, self._prices, self._attribution(answer), self._granularity)
+
+    def _attribution(self, answer: Answer) -> Attribution:
         admitted = answer.admitted
-        attribution = Attribution(
+        return Attribution(
             request_id=answer.id,
             custom_id=admitted.generate.custom_id,
             tenant=admitted.generate.tenant,
@@ -82,8 +102,6 @@ class Outbound:
             life=self._life,
             input=admitted.input,
         )
-        usages = answer.owed if is_owed else ()
-        return cost_events(account, usages, self._prices, attribution, self._granularity)
 
     def _dead_letter(self, record: Record, error: RequestError) -> Sequence[Outgoing]:
         return [self._envelope.dead_letter(record, error)] if error.code in DEAD_LETTERED else []

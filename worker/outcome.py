@@ -5,7 +5,7 @@ messages) and never counts money: the bill is an argument.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from msgspec import structs
@@ -14,6 +14,8 @@ from engine.types import Finished, Token
 from engine.types import FinishReason as EngineReason
 from engine.types import Usage as EngineUsage
 from schemas.codec import encode, place_id
+from schemas.cost import dollars
+from schemas.handoff import Handoff
 from schemas.requests import Chat
 from schemas.results import (
     Bill,
@@ -53,6 +55,10 @@ class Answer:
         self._choices = [Choice(admitted, tokenizer) for _ in range(admitted.request.sampling.num_choices)]
         self._first_token_s: float | None = None
         self._done_s = admitted.admitted_s
+        for number, (choice, carried) in enumerate(zip(self._choices, admitted.carried, strict=False)):
+            choice.take_up(carried, admitted.request.id, number)
+        if admitted.handoff and admitted.carried:
+            self._first_token_s = admitted.handoff.first_token_s
 
     def take(self, event: Token) -> str:
         """The text that this token makes final. A token past a stop string is discarded, and makes none."""
@@ -61,9 +67,15 @@ class Answer:
         return self._choices[event.choice].take(event)
 
     def finish(self, event: Finished) -> str:
-        """The text that was held back until the choice's end."""
+        """The text that was held back until the choice's end. A choice that is interrupted has not ended, and keeps it;
+        but one that a stop string had ended before the engine heard of it has.
+        """
+        choice = self._choices[event.choice]
+        if event.reason is EngineReason.INTERRUPTED and not choice.stream.stopped:
+            choice.interrupt(event.usage)
+            return ""
         self._done_s = self._clock()
-        return self._choices[event.choice].finish(event)
+        return choice.finish(event)
 
     @property
     def done(self) -> bool:
@@ -74,6 +86,38 @@ class Answer:
     def has_begun(self) -> bool:
         """Whether the first token is there."""
         return self._first_token_s is not None
+
+    @property
+    def can_be_handed_over(self) -> bool:
+        """Whether the engine was interrupted at it and has said how far each choice has come."""
+        return self.has_begun and all(choice.finished or choice.left_off for choice in self._choices)
+
+    @property
+    def num_new(self) -> int:
+        """Tokens that no worker but this one has computed."""
+        return sum(choice.stream.num_tokens for choice in self._choices) - sum(
+            len(carried.tokens) for carried in self.admitted.carried
+        )
+
+    def handoff(self, spent: int, num_chunks: Sequence[int]) -> Handoff:
+        """What another worker needs to go on. `spent`: the cost of all work so far; `num_chunks`: of each choice."""
+        admitted, record = self.admitted, self.admitted.record
+        if record.value is None or self._first_token_s is None:
+            raise ValueError("the request has not begun: there is nothing to go on with")
+        return Handoff(
+            input=admitted.input,
+            key=record.key,
+            value=record.value,
+            headers=list(record.headers),
+            timestamp_ms=record.timestamp_ms,
+            tier=admitted.tier,
+            admitted_s=admitted.admitted_s,
+            first_token_s=self._first_token_s,
+            handovers=admitted.handovers + 1,
+            spent=dollars(spent),
+            worker=self.worker,
+            choices=[choice.carried(num) for choice, num in zip(self._choices, num_chunks, strict=True)],
+        )
 
     def is_stopped(self, choice: int) -> bool:
         """Whether the choice's text has met a stop string: the engine need not go on with it."""
@@ -154,12 +198,20 @@ class Answer:
             worker=self.worker,
             bill=bill,
             timing=self.timing,
+            handovers=self.admitted.handovers,
         )
 
     def _failure(self, error: RequestError, bill: Bill | None) -> Completion:
         generate = self.admitted.generate
         refused = Refused(error.code, error.message, generate.custom_id, generate.tenant)
-        return failure(self.admitted.record, refused, self.worker, bill=bill, timing=self.timing)
+        return failure(
+            self.admitted.record,
+            refused,
+            self.worker,
+            bill=bill,
+            timing=self.timing,
+            handovers=self.admitted.handovers,
+        )
 
     def _response(self) -> Response:
         body = self._chat_result() if isinstance(self.admitted.generate, Chat) else self._text_result()
@@ -195,7 +247,13 @@ class Answer:
 
 
 def failure(
-    record: Record, error: Refused, worker: str, *, bill: Bill | None = None, timing: Timing | None = None
+    record: Record,
+    error: Refused,
+    worker: str,
+    *,
+    bill: Bill | None = None,
+    timing: Timing | None = None,
+    handovers: int = 0,
 ) -> Completion:
     """The answer to a record that gets no completion. `bill` is what was spent on it: its price is zero."""
     place = input_of(record)
@@ -209,6 +267,7 @@ def failure(
         worker=worker,
         bill=bill,
         timing=timing,
+        handovers=handovers,
     )
 
 

@@ -13,8 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from engine.types import StepResult
-from schemas.requests import Tier
-from worker.admission import NOTHING, REALTIME, Admission
+from worker.admission import LANES, NOTHING, Admission, Lane
 from worker.brokers.base import Broker, Membership, Place, Record
 from worker.containment import Gate
 from worker.cost import Account, Meter, WasteReason
@@ -31,6 +30,8 @@ POLL_S = 0.05  # how long a poll waits for records: also how soon freed room is 
 READING_INTERVAL_S = 5.0  # an idle worker's meter is published that often: what a kill leaves unaccounted at most
 SILENCE_S_MAX = 120.0  # the engine reports every second when idle; a step of two minutes is a hang
 LEAVING_LOOK_S = 0.02  # how often a drain looks whether it is done
+LAST_STEP_S_MAX = 2.0  # a step takes a second at the most; one that hangs has nothing to hand over
+REBALANCE_S_MAX = 1.0  # a rebalance takes as long as its slowest member's poll: of ours a tenth of a second
 
 
 class Service:
@@ -49,13 +50,13 @@ class Service:
         meter: Meter,
         telemetry: Telemetry,
         drain: Drain,
-        tiers: Mapping[str, Tier],
+        lanes: Mapping[str, Lane],
         flush_interval_s: float,
         life: str,
     ) -> None:
         """`steps` is where the engine's results arrive, or what it failed of.
 
-        `tiers` names each topic's tier; `life` is the name of this run of this worker, unlike any other's.
+        `lanes` names each topic's lane; `life` is the name of this run of this worker, unlike any other's.
         """
         self._broker = broker
         self._engine = engine
@@ -67,7 +68,7 @@ class Service:
         self._meter = meter
         self._telemetry = telemetry
         self._drain = drain
-        self._tiers = tiers
+        self._lanes = lanes
         self._flush_interval_s = flush_interval_s
         self._life = life
 
@@ -80,7 +81,7 @@ class Service:
 
     async def run(self) -> None:
         """Serves until the drain is asked for and done."""
-        await self._broker.start(tuple(self._tiers), self)
+        await self._broker.start(tuple(self._lanes), self)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._consume())
@@ -102,7 +103,7 @@ class Service:
             is_shut = self._drain.is_asked or self._gate
             poll = NOTHING if is_shut else self._admission.next_poll(_now_s())
             held = self._partitions
-            records = await self._broker.poll(self._open(poll.tiers), poll.num_max, POLL_S)
+            records = await self._broker.poll(self._open(poll.lanes), poll.num_max, POLL_S)
             if records:
                 self._heard_s = _now_s()
             if held is not self._partitions:
@@ -110,18 +111,18 @@ class Service:
                 if self._membership:
                     self._seek()
                 continue
-            num_realtime = sum(self._tiers[record.place.topic] == REALTIME for record in records)
-            self._admission.polled(poll, num_realtime, _now_s())
+            records.sort(key=lambda record: LANES.index(self._lanes[record.place.topic]))  # each partition's in order
+            self._admission.polled(poll, Counter(self._lanes[record.place.topic] for record in records), _now_s())
             for topic, num_records in Counter(record.place.topic for record in records).items():
                 self._telemetry.polled(topic, num_records)
             for record in records:
                 self._take(record)
             self._go_on()
 
-    def _open(self, tiers: Collection[Tier]) -> list[Place]:
-        """The partitions of these tiers that may be read on."""
+    def _open(self, lanes: Collection[Lane]) -> list[Place]:
+        """The partitions of these lanes that may be read on."""
         held = self._partitions.items()
-        return [place for place, partition in held if self._tiers[place.topic] in tiers and not partition.is_full]
+        return [place for place, partition in held if self._lanes[place.topic] in lanes and not partition.is_full]
 
     def _take(self, record: Record) -> None:
         """The record waits at the gate, or its refusal is in the outbox; unless it was finished before."""
@@ -155,6 +156,7 @@ class Service:
             if isinstance(result, BaseException):
                 raise Fatal(f"the engine failed: {result}") from result
             await self._generations.apply(result)
+            self._steps.task_done()
             self._go_on()
 
     async def _compile(self) -> None:
@@ -260,20 +262,18 @@ class Service:
     # --------------------------------------------------------------------------------------------------------- leave
 
     async def _leave(self) -> None:
-        """Once asked: finishes what the budget allows, commits it, closes the meter. The rest is the next owner's."""
+        """Once asked: finishes what the budget allows, hands over the rest, commits it, closes the meter."""
         await self._drain.asked()
         self._telemetry.draining(self._drain.budget_s)
         # Two conditions and a clock: to look now and then is simplest.
         while (self._generations or self._has_news.is_set()) and not self._drain.is_over:  # noqa: ASYNC110
             await asyncio.sleep(LEAVING_LOOK_S)
-        await asyncio.to_thread(self._engine.stop, SILENCE_S_MAX)
-        await self._flush(is_last=True)
+        await asyncio.to_thread(self._engine.stop, LAST_STEP_S_MAX)
+        await self._steps.join()  # all that it brought has been applied
+        self._generations.hand_over()
+        await self._flush_last()
         async with self._flushing:  # nobody commits after the final reading
             self._membership = None
-            while not self._steps.empty():
-                result = self._steps.get_nowait()
-                if isinstance(result, StepResult):
-                    self._meter.step(result)
             held, self._partitions = self._partitions, {}
             self._let_go(list(held.values()), "lost")
             try:
@@ -281,6 +281,16 @@ class Service:
             except Fenced as error:  # whoever has taken our place goes on; only the last reading is missing
                 self._telemetry.fenced(0, str(error))
         self._has_left = True
+
+    async def _flush_last(self) -> None:
+        """What is in the outboxes is committed, and our attempts taken back. In the middle of a rebalance it waits for
+        that to end; what it then no longer holds, or has no time left for, is the next owner's.
+        """
+        ends_s = _now_s() + REBALANCE_S_MAX
+        await self._flush(is_last=True)
+        while any(partition.outbox for partition in self._partitions.values()) and _now_s() < ends_s:
+            await asyncio.sleep(LEAVING_LOOK_S)
+            await self._flush(is_last=True)
 
     def vitals(self) -> Vitals:
         """How the worker is, for the health endpoints."""

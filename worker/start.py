@@ -16,8 +16,7 @@ from engine.errors import EngineMisconfigured, ModelError
 from engine.thread import EngineThread
 from engine.types import StepResult
 from schemas.cost import picodollars
-from schemas.requests import Tier
-from worker.admission import BATCH, REALTIME, Admission
+from worker.admission import LANES, Admission, Lane
 from worker.brokers.kafka import KafkaBroker
 from worker.brokers.kafka_client import require_topics
 from worker.brokers.kafka_settings import KafkaSettings
@@ -136,7 +135,7 @@ def assemble(
     worker, life = settings.worker, uuid.uuid4().hex
     meter = Meter(worker=worker, life=life, rate=picodollars(settings.bill.device_rate))
     meter.idle(time.monotonic_ns() - born_ns, "loading")
-    tiers: dict[str, Tier] = {settings.topics.requests: REALTIME, settings.topics.batch: BATCH}
+    lanes: dict[str, Lane] = dict(zip(settings.topics.consumed, LANES, strict=True))
     admission = Admission(INTAKE_CACHES * engine.capacity.cache_tokens, settings.ageing_s)
     outbound = Outbound(
         envelope=Envelope(settings.topics, settings.group, worker),
@@ -160,9 +159,10 @@ def assemble(
         admission=admission,
         meter=meter,
         telemetry=telemetry,
-        tiers=tiers,
+        lanes=lanes,
         preview=broker.preview,
         compile=Grammars(tokenizer, engine.capacity.vocab_size, intake.eos_token_ids).compile,
+        handover_tokens_min=settings.handover_tokens_min,
     )
     return Service(
         broker=broker,
@@ -175,7 +175,7 @@ def assemble(
         meter=meter,
         telemetry=telemetry,
         drain=drain,
-        tiers=tiers,
+        lanes=lanes,
         flush_interval_s=settings.flush_interval_ms / 1000,
         life=life,
     )

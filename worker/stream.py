@@ -12,7 +12,8 @@ class Preview:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        self._sent = [0] * answer.admitted.request.sampling.num_choices
+        carried = [choice.num_chunks for choice in answer.admitted.carried]
+        self.num_sent = carried or [0] * answer.admitted.request.sampling.num_choices  # of each choice, whoever did
         options = answer.admitted.generate.body.stream_options
         self._include_usage = options is not None and options.include_usage
 
@@ -25,8 +26,8 @@ class Preview:
         reason = answer.finish_reason(choice)
         if not text and reason is None:
             return None
-        sequence = self._sent[choice]
-        self._sent[choice] += 1
+        sequence = self.num_sent[choice]
+        self.num_sent[choice] += 1
         return Chunk(
             id=answer.id,
             custom_id=answer.admitted.generate.custom_id,

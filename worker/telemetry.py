@@ -87,8 +87,9 @@ class Telemetry:
         self._metrics.process_duration.record(0.0, self._processing(record.place.topic, code))
         self._log.debug("request refused", code=code, **_where(record))
 
-    def admitted(self, request: int, record: Record, generate: AnyGenerate) -> None:
-        """A record has become a request of the engine."""
+    def admitted(self, request: int, record: Record, generate: AnyGenerate, *, is_resumed: bool = False) -> None:
+        """A record has become a request of the engine. `is_resumed`: which goes on where another worker left off."""
+        self._metrics.resumed.add(is_resumed)
         attributes = {
             "gen_ai.operation.name": "chat" if isinstance(generate, Chat) else "text_completion",
             "gen_ai.provider.name": SCOPE,
@@ -137,6 +138,12 @@ class Telemetry:
         """The request is answered with a failure."""
         self._finish(self._running.pop(request), code)
         self._log.debug("request failed", request=request, code=code)
+
+    def handed_over(self, request: int) -> None:
+        """The rest of the request is a record for another worker to go on with."""
+        self._metrics.handed_over.add(1)
+        self._finish(self._running.pop(request))
+        self._log.debug("request handed over", request=request)
 
     def dropped(self, request: int) -> None:
         """The request is let go without an answer: its partition has another owner."""
