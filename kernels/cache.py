@@ -70,5 +70,5 @@ def by_slot(cache: Tensor) -> Tensor:
 def _encode_int8(x: Tensor) -> Tensor:
     scale = x.abs().amax(-1, keepdim=True) / LEVEL_MAX
     scale = torch.where(scale.isfinite(), scale, torch.nan)
-    levels = (x / torch.where(scale > 0, scale, 1.0)).round().nan_to_num(0.0, 0.0, 0.0).to(torch.int8)
+    levels = torch.where(scale > 0, x / scale, 0.0).round().to(torch.int8)
     return torch.cat([levels, scale.view(torch.int8)], dim=-1)

@@ -83,8 +83,10 @@ def test_what_is_not_finite_shows(name: str, what: float) -> None:
 @pytest.mark.parametrize("name", NARROW)
 def test_rows_are_written_as_the_definition_writes_them_and_no_others(any_ops: Ops, name: str) -> None:
     dtype, slots = CACHE_DTYPES[name], torch.tensor([17, 2, 3])
-    key, value = torch.randn(2, 3, 2, 24)
+    key, value = torch.randn(2, 3, 2, 24) * 10 ** torch.linspace(-5, 4, 24)
     value[1, 0] = 0
+    value[2, 1, 5] = torch.inf
+    key[0] = (torch.arange(48.0).view(2, 24) + 0.5) * 2.0**-9  # ties: below 2^-6, and halfway between numbers above
     caches = [torch.zeros(5, 4, 2, row_size(24, dtype)).to(dtype) for _ in range(4)]
     any_ops.write_kv(key, value, caches[0], caches[1], slots)
     reference.write_kv(key, value, caches[2], caches[3], slots)
@@ -93,6 +95,15 @@ def test_rows_are_written_as_the_definition_writes_them_and_no_others(any_ops: O
     untouched = [slot for slot in range(20) if slot not in slots.tolist()]
     assert not caches[0].view(torch.uint8).view(20, -1)[untouched].any()
     assert torch.equal(decode(caches[0]).view(20, 2, 24)[slots], decode(encode(key, dtype)))
+
+
+def test_every_number_of_fp8_is_read_as_what_it_is(any_ops: Ops) -> None:
+    """As values of a lone position, which attention gives back."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).view(torch.float8_e4m3fn)
+    batch = AttentionBatch(torch.tensor([[0]]), [0, 1], [1], torch.tensor([0]))
+    keys = torch.zeros(1, 1, 16, 16).to(codes.dtype)
+    read = any_ops.attention(torch.zeros(1, 16, 16), keys, codes, batch, 1.0).flatten()
+    assert torch.allclose(read, codes.float().flatten(), rtol=1e-6, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 5}, {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])}], ids=str)

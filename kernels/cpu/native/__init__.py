@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kernels import cpu, reference
-from kernels.cpu import attention as torch_attention
 from kernels.cpu import experts as torch_experts
 from kernels.cpu import sample
 from kernels.cpu.native import packing
@@ -37,7 +36,7 @@ def ops() -> Ops:
         rms_norm=calls.rms_norm.default,
         add_rms_norm=calls.add_rms_norm.default,
         rotary=calls.rotary.default,
-        write_kv=write_kv,
+        write_kv=calls.write_kv.default,
         attention=attention,
         swiglu=swiglu,
         route=route,
@@ -82,14 +81,6 @@ def experts(
     return total
 
 
-def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """As the definition, which does it where the cache is of 8 bits."""
-    if key_cache.dtype.itemsize == 1:
-        reference.write_kv(key, value, key_cache, value_cache, slots)
-    else:
-        torch.ops.tokenmill_cpu.write_kv.default(key, value, key_cache, value_cache, slots)
-
-
 def attention(
     query: Tensor,
     key_cache: Tensor,
@@ -99,9 +90,7 @@ def attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As the definition; torch does it where the cache is of 8 bits."""
-    if key_cache.dtype.itemsize == 1:
-        return torch_attention.attention(query, key_cache, value_cache, batch, scale, window, sinks)
+    """As the definition."""
     attended: Tensor = torch.ops.tokenmill_cpu.attention.default(
         query, key_cache, value_cache, batch.block_tables, batch.query_starts, batch.context_lens, scale, window, sinks
     )

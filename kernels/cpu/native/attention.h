@@ -6,6 +6,9 @@
 
 #include <math.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "kernels.h"
 #include "vector.h"
 
@@ -48,6 +51,20 @@ INLINE void find(const Attention& a, const AttentionTask& task, int64_t start, i
   }
 }
 
+// By what a row's numbers are to be multiplied: rows of int8 have a scale behind them.
+template <class T>
+INLINE float scale_of(const T*, int64_t) {
+  return 1.0f;
+}
+template <>
+INLINE float scale_of(const int8_t* row, int64_t size) {
+  float scale;
+  std::memcpy(&scale, row + size, sizeof scale);
+  return scale;
+}
+template <class T>
+constexpr bool kHasScale = std::is_same_v<T, int8_t>;
+
 INLINE int lanes(int64_t n) { return n < 0 ? 0 : n > 16 ? 16 : int(n); }
 
 // x in the lanes first .. last of those that begin at `begin`, `others` in all other ones.
@@ -68,7 +85,13 @@ INLINE void score(const Places<T>& places, int64_t first, int64_t last, const fl
       for (; d + 16 <= size; d += 16) products[i] = fma(load(query + d), load(key + d), products[i]);
       if (d < size) products[i] = fma(load(query + d), load_first(key + d, int(size - d)), products[i]);
     }
-    store(scores + begin, between(sums(products), first, last, begin, broadcast(-INFINITY)));
+    Floats some = sums(products);
+    if constexpr (kHasScale<T>) {
+      float scales[16];
+      for (int i = 0; i < 16; i++) scales[i] = scale_of(places.keys[begin + i], size);
+      some = some * load(scales);
+    }
+    store(scores + begin, between(some, first, last, begin, broadcast(-INFINITY)));
   }
 }
 
@@ -112,6 +135,9 @@ INLINE void see(const Attention& a, const Places<T>& places, int64_t first, int6
     const Floats some = between(mass, first, last, i, broadcast(0.0f));
     total = total + some;
     store(scores + i, some);
+  }
+  if constexpr (kHasScale<T>) {
+    for (int64_t i = first; i < last; i++) scores[i] *= scale_of(places.values[i], a.values.size);
   }
   const float fade = expf(running.largest - largest_now);  // 0 at first
   running = {largest_now, running.sum * fade + sum(total)};
@@ -159,7 +185,12 @@ void attend_as(const Attention& a, const AttentionTask& task, float* scratch) {
 }
 
 inline void attend(const Attention& a, const AttentionTask& task, float* scratch) {
-  a.is_bf16 ? attend_as<bf16>(a, task, scratch) : attend_as<float>(a, task, scratch);
+  switch (a.type) {
+    case CacheType::fp32: return attend_as<float>(a, task, scratch);
+    case CacheType::bf16: return attend_as<bf16>(a, task, scratch);
+    case CacheType::fp8: return attend_as<fp8>(a, task, scratch);
+    case CacheType::int8: return attend_as<int8_t>(a, task, scratch);
+  }
 }
 
 }  // namespace tokenmill::ISA

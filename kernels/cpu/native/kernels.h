@@ -55,17 +55,19 @@ struct Product {
   const float* weights;  // null: store
 };
 
-// One of the two caches: (N, B, G, size), perhaps a view of a wider one.
+// One of the two caches: (N, B, G, row), perhaps a view of a wider one. A row of int8 is `size` levels and their scale.
 struct Cache {
   const void* data;
   int64_t size, slot_stride, group_stride;
 };
 
+enum class CacheType { fp32, bf16, fp8, int8 };  // of `kernels/cache.py`
+
 struct Attention {
   const float* query;  // (T, H, D)
   float* output;       // (T, H, Dv)
   Cache keys, values;
-  bool is_bf16;  // both caches, else fp32
+  CacheType type;  // of both caches
   int64_t num_heads, num_groups, block_size;
   float scale;
   int64_t window;      // positions that a row sees, its own the last

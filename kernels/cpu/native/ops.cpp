@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -223,29 +224,68 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t num_chosen, std::
 
 // ----------------------------------------------------------------------------------------------------------- attention
 
-// A cache (N, B, G, size) of which blocks follow on blocks, whatever lies between two slots.
+CacheType type_of(const Tensor& cache) {
+  switch (cache.scalar_type()) {
+    case at::kFloat: return CacheType::fp32;
+    case at::kBFloat16: return CacheType::bf16;
+    case at::kFloat8_e4m3fn: return CacheType::fp8;
+    case at::kChar: return CacheType::int8;
+    default: TORCH_CHECK(false, "a cache cannot be of ", cache.scalar_type());
+  }
+}
+
+// A cache (N, B, G, row) of which blocks follow on blocks, whatever lies between two slots.
 Cache cache_of(const Tensor& cache) {
   TORCH_CHECK(cache.stride(3) == 1 && cache.stride(0) == cache.size(1) * cache.stride(1), "the cache has gaps");
-  TORCH_CHECK(cache.scalar_type() == at::kFloat || cache.scalar_type() == at::kBFloat16, "not an fp32 or bf16 cache");
-  return {cache.const_data_ptr(), cache.size(3), cache.stride(1), cache.stride(2)};
+  const int64_t scale_bytes = type_of(cache) == CacheType::int8 ? sizeof(float) : 0;
+  return {cache.const_data_ptr(), cache.size(3) - scale_bytes, cache.stride(1), cache.stride(2)};
+}
+
+// To the nearest number of e4m3, ties to even, 448 at most; what is not finite becomes NaN.
+uint8_t to_fp8(float x) {
+  if (!std::isfinite(x)) return 0x7f;
+  const float magnitude = std::min(std::abs(x), 448.0f);
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  if (magnitude < 0x1p-6f) return sign | uint8_t(std::nearbyint(magnitude * 512));  // even steps of 2^-9
+  uint32_t bits;
+  std::memcpy(&bits, &magnitude, 4);
+  bits += 0x7ffff + (bits >> 20 & 1);
+  return sign | uint8_t((bits >> 20) - ((127 - 7) << 3));
+}
+
+void to_int8(const float* x, int64_t size, int8_t* row) {
+  float largest = 0.0f;
+  bool is_finite = true;
+  for (int64_t i = 0; i < size; i++) {
+    is_finite &= std::isfinite(x[i]);
+    largest = std::max(largest, std::abs(x[i]));
+  }
+  const float scale = is_finite ? largest / 127 : NAN;
+  for (int64_t i = 0; i < size; i++) row[i] = scale > 0 ? int8_t(std::nearbyint(x[i] / scale)) : 0;
+  std::memcpy(row + size, &scale, sizeof scale);
+}
+
+void write_row(const float* x, int64_t size, CacheType type, void* cache, int64_t place) {
+  switch (type) {
+    case CacheType::fp32: std::copy_n(x, size, (float*)cache + place); break;
+    case CacheType::bf16: kernels().narrow_row(x, size, (uint16_t*)cache + place); break;
+    case CacheType::fp8: std::transform(x, x + size, (uint8_t*)cache + place, to_fp8); break;
+    case CacheType::int8: to_int8(x, size, (int8_t*)cache + place); break;
+  }
 }
 
 void write_cache(const Tensor& x, const Tensor& cache, const Tensor& slots) {
   const Tensor x32 = floats(x);
   const Cache to = cache_of(cache);
+  const CacheType type = type_of(cache);
   TORCH_CHECK(x.size(1) == cache.size(2) && x.size(2) == to.size, "keys or values do not fit into the cache");
   const int64_t num_groups = x.size(1), num_slots = cache.size(0) * cache.size(1);
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < x.size(0) * num_groups; i++) {
     const int64_t token = i / num_groups;
     TORCH_CHECK_INDEX(slot[token] >= 0 && slot[token] < num_slots, "there is no slot ", slot[token]);
-    const float* from = x32.const_data_ptr<float>() + i * to.size;
     const int64_t place = slot[token] * to.slot_stride + i % num_groups * to.group_stride;
-    if (cache.scalar_type() == at::kFloat) {
-      std::copy_n(from, to.size, (float*)to.data + place);
-    } else {
-      kernels().narrow_row(from, to.size, (uint16_t*)to.data + place);
-    }
+    write_row(x32.const_data_ptr<float>() + i * to.size, to.size, type, (void*)to.data, place);
   }
 }
 
@@ -276,16 +316,16 @@ Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& val
                  at::IntArrayRef query_starts, at::IntArrayRef context_lens, double scale,
                  std::optional<int64_t> window, const std::optional<Tensor>& sinks) {
   const Tensor query32 = floats(query), tables = block_tables.contiguous(), sinks32 = sinks ? floats(*sinks) : Tensor();
-  Tensor y = at::empty({query.size(0), query.size(1), value_cache.size(3)}, at::kFloat);
+  const Cache keys = cache_of(key_cache), values = cache_of(value_cache);
+  Tensor y = at::empty({query.size(0), query.size(1), values.size}, at::kFloat);
   TORCH_CHECK(key_cache.scalar_type() == value_cache.scalar_type(), "the caches are of two types");
-  TORCH_CHECK(query.size(2) == key_cache.size(3) && query.size(1) % key_cache.size(2) == 0,
-              "the query does not fit the cache");
+  TORCH_CHECK(query.size(2) == keys.size && query.size(1) % key_cache.size(2) == 0, "the query does not fit the cache");
   const Attention a{
       query32.const_data_ptr<float>(),
       y.mutable_data_ptr<float>(),
-      cache_of(key_cache),
-      cache_of(value_cache),
-      key_cache.scalar_type() == at::kBFloat16,
+      keys,
+      values,
+      type_of(key_cache),
       query.size(1),
       key_cache.size(2),
       key_cache.size(1),

@@ -14,7 +14,8 @@
 
 namespace tokenmill::ISA {
 
-using bf16 = uint16_t;  // its bits: the upper half of a float's
+using bf16 = uint16_t;         // its bits: the upper half of a float's
+enum class fp8 : uint8_t {};   // its bits: e4m3
 
 INLINE float widen(bf16 x) {
   const uint32_t bits = uint32_t(x) << 16;
@@ -50,6 +51,22 @@ INLINE Floats load(const bf16* p) {
 INLINE Floats load_first(const bf16* p, int n) {
   const __m256i bits = _mm256_maskz_loadu_epi16(first(n), p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+INLINE Floats from_fp8(__m128i codes) {
+  const __m256i sixteen = _mm256_cvtepu8_epi16(codes), rest = _mm256_and_si256(sixteen, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(sixteen, 7), 15);
+  const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f));
+  // As fp16, whose exponent has another bias, so 2^-8 of the number; its subnormal numbers cost nothing here.
+  const __m256i half = _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(rest, 7)), nan);
+  return _mm512_cvtph_ps(half) * _mm512_set1_ps(256.0f);
+}
+INLINE Floats load(const fp8* p) { return from_fp8(_mm_loadu_si128((const __m128i*)p)); }
+INLINE Floats load_first(const fp8* p, int n) { return from_fp8(_mm_maskz_loadu_epi8(first(n), p)); }
+INLINE Floats load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+INLINE Floats load_first(const int8_t* p, int n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
 }
 INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 INLINE void store_first(float* p, Floats x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
@@ -118,6 +135,22 @@ INLINE Floats load(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)q)), 16));
   };
   return {eight(p), eight(p + 8)};
+}
+INLINE __m256 from_fp8(__m128i codes) {  // of the lower eight: by way of fp16, as with AVX-512 above
+  const __m128i sixteen = _mm_cvtepu8_epi16(codes), rest = _mm_and_si128(sixteen, _mm_set1_epi16(0x7f));
+  const __m128i sign = _mm_slli_epi16(_mm_srli_epi16(sixteen, 7), 15);
+  const __m128i nan = _mm_cmpeq_epi16(rest, _mm_set1_epi16(0x7f));
+  const __m128i half = _mm_or_si128(_mm_or_si128(sign, _mm_slli_epi16(rest, 7)), nan);
+  return _mm256_cvtph_ps(half) * _mm256_set1_ps(256.0f);
+}
+INLINE Floats load(const fp8* p) {
+  const __m128i codes = _mm_loadu_si128((const __m128i*)p);
+  return {from_fp8(codes), from_fp8(_mm_srli_si128(codes, 8))};
+}
+INLINE Floats load(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  const auto eight = [](__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); };
+  return {eight(bytes), eight(_mm_srli_si128(bytes, 8))};
 }
 template <class T>
 INLINE Floats load_first(const T* p, int n) {
