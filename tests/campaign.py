@@ -152,11 +152,16 @@ class Campaign:
     def _lives(self, name: str) -> set[str]:
         return {reading.life for reading in self.live.readings if reading.worker == name}
 
-    async def gone(self, name: str) -> tuple[int, float]:
-        """The worker was told to leave, and has left: its exit code, and how many seconds that took."""
+    async def gone(self, name: str, notice: Path | None = None) -> tuple[int, float]:
+        """The worker was told to leave, by SIGTERM or by this file, and has: its exit code, and the seconds it took."""
         asked_s = time.monotonic()
-        self.signal(name, signal.SIGTERM)
+        if notice:
+            await asyncio.to_thread(notice.touch)
+        else:
+            self.signal(name, signal.SIGTERM)
         code = await asyncio.to_thread(self._workers[name].wait, PATIENCE_S)
+        if notice:
+            await asyncio.to_thread(notice.unlink)
         return code, time.monotonic() - asked_s
 
     def revive(self) -> None:

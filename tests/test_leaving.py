@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 
 def long_requests(model: Path, count: int) -> list[bytes]:
-    """Greedy and seeded, one choice and several, with logprobs and with stop strings."""
+    """Greedy and seeded, one choice and several, with logprobs, stop strings, penalties and a grammar."""
     dice = random.Random(3)
     return [_request(dice, model.name, number) for number in range(count)]
 
@@ -43,6 +43,10 @@ def _request(dice: random.Random, model: str, number: int) -> bytes:
         body |= {"logprobs": True, "top_logprobs": 1}
     if number % 4 == 0:
         body["stop"] = ["qu", "zz"]
+    if number % 5 == 0:
+        body |= {"frequency_penalty": 0.5, "repetition_penalty": 1.2}
+    if number % 6 == 0:
+        body |= {"response_format": {"type": "regex", "pattern": "([a-z]{2,9} ){30,90}"}, "ignore_eos": False}
     # Tenants of their own: what a cached prefix saves hangs on who ran before.
     own = {"custom_id": f"r{number}", "tenant": f"t{number}"}
     return msgspec.json.encode({"url": "/v1/chat/completions", **own, "body": body})
@@ -72,7 +76,7 @@ def prices(completions: list[Completion]) -> dict[str | None, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_answers_and_prices_are_those_of_workers_that_stayed(kafka, model):
+async def test_answers_and_prices_are_those_of_workers_that_stayed(kafka, model, tmp_path):
     """Drafts and all. The workers that stay draft nothing: it must not matter."""
     requests, prefix = long_requests(model, 24), f"leave_{uuid.uuid4().hex[:8]}"
     async with Campaign(Kafka(brokers=kafka.brokers), f"{prefix}_stay", model).opened(PARTITIONS) as campaign:
@@ -81,15 +85,15 @@ async def test_answers_and_prices_are_those_of_workers_that_stayed(kafka, model)
         assert await campaign.until_answered()
         assert await campaign.dismiss() == [0]
         stayed = (await campaign.late()).completions
-    leaving = {"drain_s": DRAIN_S, "drafts_max": 3}
+    leaving = {"drain_s": DRAIN_S, "drafts_max": 3, "notices": str(tmp_path)}
     async with Campaign(Kafka(brokers=kafka.brokers), prefix, model, **leaving).opened(PARTITIONS) as campaign:
         campaign.hire("a")
         campaign.hire("b")
         await campaign.ask(requests)
-        for name in "abab":
+        for name, notice in (("a", None), ("b", tmp_path / "b"), ("a", None), ("b", None)):
             await campaign.until_serving(name)
             await asyncio.sleep(0.5)  # some tokens are there
-            code, seconds = await campaign.gone(name)
+            code, seconds = await campaign.gone(name, notice)
             assert (code, seconds < GONE_S) == (0, True), seconds
             campaign.hire(name)
         assert await campaign.until_answered()

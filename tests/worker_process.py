@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Awaitable
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 from unittest.mock import patch
 
@@ -22,7 +23,7 @@ from engine.types import Request
 from worker.brokers.base import Outgoing
 from worker.brokers.kafka import KafkaBroker
 from worker.brokers.kafka_settings import KafkaSettings
-from worker.config import Bill, Engine, Health, Kafka, Settings, Topics
+from worker.config import Bill, Engine, Health, Kafka, Notice, Settings, Topics
 from worker.errors import Fatal
 from worker.start import run
 
@@ -41,6 +42,7 @@ class Job(Struct, frozen=True, kw_only=True):
     attempts_max: int = 4
     silence_s_max: float = 120.0  # of the engine
     drain_s: float = 12.0
+    notices: str = ""  # the folder in which a file of its name tells it to leave
     drafts_max: int = 0
     freezes_at: int = 0  # the burst of answers at which it stops itself; 0: none
 
@@ -109,6 +111,7 @@ def main() -> int:
         bill=Bill(events=job.events),
         attempts_max=job.attempts_max,
         drain_s=job.drain_s,
+        notice=Notice(file=Path(job.notices) / job.name if job.notices else None, interval_s=0.1),
         health=Health(port=0),
     )
     with (

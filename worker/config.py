@@ -95,9 +95,7 @@ class Kafka:
 
     def __post_init__(self) -> None:
         for address in self.brokers.split(","):
-            host, _, port = address.strip().rpartition(":")
-            if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
-                raise Misconfigured(f"brokers: {address.strip()!r} is not host:port")
+            host = _check_address("brokers", address.strip())
             if not (self.security.encrypted or self.security.insecure or _is_local(host)):
                 raise Misconfigured(
                     f"brokers: {host} is on a network, and {self.security.protocol} is readable on the way: set "
@@ -237,6 +235,24 @@ class Bill:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Notice:
+    """Who may tell a worker to leave, beside SIGTERM."""
+
+    file: Path | None = None
+    """Leave when this file is there."""
+    cloud: Literal["none", "aws", "gcp"] = "none"
+    """Leave when this cloud's metadata service says that the spot machine will be taken away."""
+    address: str = ""
+    """host:port of the metadata service. Default: the cloud's own."""
+    interval_s: Annotated[float, between(0.1, 60)] = 2  # of the 30 seconds that the hastier cloud gives
+    """Time between two looks."""
+
+    def __post_init__(self) -> None:
+        if self.address:
+            _check_address("notice.address", self.address)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Health:
     """Where /livez, /readyz and /metrics answer."""
 
@@ -279,6 +295,7 @@ class Settings:
     """Time to finish what runs once told to leave; the rest is handed over."""
     handover_tokens_min: Annotated[int, between(1, 1 << 20)] = 8
     """Tokens of an answer from which its request is handed over; fewer are computed again."""
+    notice: Annotated[Notice, Parameter(group="Notice")] = field(default_factory=Notice)
     ageing_s: Annotated[float, between(0, 86_400)] = 5
     """Time that batch requests wait at most behind realtime ones."""
     health: Annotated[Health, Parameter(group="Health")] = field(default_factory=Health)
@@ -409,6 +426,14 @@ def _text(value: object) -> str:
 def _is_unnamed(hint: object) -> bool:
     """Whether the branch of the tree adds nothing to its settings' names."""
     return get_origin(hint) is Annotated and any(getattr(extra, "name", None) == ("*",) for extra in get_args(hint))
+
+
+def _check_address(name: str, address: str) -> str:
+    """The host of host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise Misconfigured(f"{name}: {address!r} is not host:port")
+    return host
 
 
 def _is_local(host: str) -> bool:

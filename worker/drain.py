@@ -1,7 +1,9 @@
-"""Leaving on purpose: SIGTERM or SIGINT starts a drain with a budget; a second one ends the process at once.
+"""Leaving on purpose: SIGTERM, SIGINT or a notice (`notice.py`) starts a drain with a budget; a second signal ends the
+process at once.
 
-Owns the wish to leave and the time left for it. What leaving means (poll nothing new, answer what fits the budget,
-flush, leave the group) is the service's. Nothing is lost either way: what is not committed is the next owner's.
+Owns the wish to leave and the time left for it. What leaving means (poll nothing new, answer what fits the budget, hand
+over the rest, flush, leave the group) is the service's. Nothing is lost either way: what is not committed is the next
+owner's.
 """
 
 import asyncio
@@ -45,7 +47,7 @@ class Drain:
 
     @property
     def is_over(self) -> bool:
-        """The budget is spent: what is not finished will be done by the next owner."""
+        """The budget is spent: what is not finished is for another worker."""
         return self._clock() >= self._ends_s
 
     def _signalled(self) -> None:

@@ -32,6 +32,7 @@ from worker.grammar import Grammars
 from worker.health import Vitals, serve_health
 from worker.intake import Intake
 from worker.logs import configure_logs
+from worker.notice import watching
 from worker.outbound import Outbound
 from worker.price_book import DEFAULT_BOOK, load_price_book
 from worker.service import Service
@@ -58,7 +59,10 @@ async def run(settings: Settings, client: KafkaSettings | None = None) -> int:
     with open_exporters(settings.worker) as exporters:
         telemetry = Telemetry(exporters.meters, exporters.tracers, worker=settings.worker, group=settings.group)
         with telemetry.life(model=settings.model, brokers=settings.kafka.brokers):
-            async with serve_health(probe, exporters.exposition, host=health.host, port=health.port) as port:
+            async with (
+                serve_health(probe, exporters.exposition, host=health.host, port=health.port) as port,
+                watching(settings.notice, drain, telemetry),
+            ):
                 folder = model_folder(settings.model)
                 tokenizer = load_tokenizer(folder)
                 core = await asyncio.to_thread(_build, settings.engine, folder)

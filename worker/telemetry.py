@@ -219,6 +219,14 @@ class Telemetry:
         """The model is loaded and the group joined."""
         self._log.info("worker ready", **facts)
 
+    def noticed(self, notice: str) -> None:
+        """The machine's owner says that it is to go."""
+        self._log.warning("notice to leave", notice=notice)
+
+    def notice_unreadable(self, reason: str) -> None:
+        """Whoever would give notice does not answer as expected."""
+        self._log.warning("cannot look for a notice to leave", reason=reason)
+
     def draining(self, budget_s: float) -> None:
         """The worker was asked to leave."""
         self._log.info("worker draining", budget_s=budget_s, num_running=len(self._running))
