@@ -140,6 +140,7 @@ REFUSED: dict[str, tuple[str, Record]] = {
     "schema without a name": (BAD, a_format(type="json_schema", json_schema={"schema": {}})),
     "schema that is no object": (BAD, a_schema(7)),
     "schema of 100,000 characters": (BAD, a_schema({"enum": ["a" * 1000] * 100})),
+    "schema of 65 levels": (BAD, record(raw_schema(nested(b'{"items":', 64, b"}").replace(b":}", b":{}}")))),
     "schema of a thousand levels": (BAD, record(raw_schema(nested(b'{"items":', 1000, b"}").replace(b":}", b":{}}")))),
     "schema of a thousand lists": (BAD, record(raw_schema(b'{"enum":' + nested(b"[", 1000, b"]") + b"}"))),
     "schema with a field twice": (BAD, record(raw_schema(b'{"items":{"any":[{"type":"string","type":"null"}]}}'))),
@@ -277,7 +278,7 @@ ADMITTED: dict[str, Record] = {
         }
     ),
     "biases in MessagePack": record(packed(chat({"logit_bias": {0: 1, 1: 2.5}})), MSGPACK),
-    "schema of 60 levels": record(raw_schema(nested(b'{"items":', 60, b"}").replace(b":}", b":{}}"))),
+    "schema of 64 levels": record(raw_schema(nested(b'{"items":', 63, b"}").replace(b":}", b":{}}"))),
     "catastrophic regex": a_format(type="regex", pattern="(a+)+$"),
     "a thousand choices": a_format(type="choice", choices=["a" * 30] * 1000),
     "schema in MessagePack": record(packed(chat({"response_format": schema_format({"const": 2**63})})), MSGPACK),
