@@ -105,10 +105,16 @@ def test_who_has_had_all_attempts_gets_no_more():
     assert not Gate(ATTEMPTS_MAX).add(partition, record(0))
 
 
-def test_with_two_attempts_the_first_on_record_is_the_last():
+def test_with_the_fewest_attempts_that_there_may_be_the_second_on_record_is_made_alone():
     partition = a_partition(died_with(0, times=1))
     partition.begin(0)
-    assert not Gate(2).add(partition, record(0))
+    partition.begin(1)
+    gate = Gate(3)
+    assert gate.add(partition, record(0))
+    assert gate.add(partition, record(1))
+    assert passing(gate) == []
+    flushed(partition)
+    assert passing(gate) == [0]
 
 
 def test_what_waits_for_a_partition_that_is_gone_is_dropped():

@@ -289,7 +289,7 @@ class Settings:
     bill: Annotated[Bill, Parameter(group="Bill")] = field(default_factory=Bill)
     flush_interval_ms: Annotated[int, between(1, 10_000)] = 30
     """Time between two transactions."""
-    attempts_max: Annotated[int, between(2, 100)] = 4
+    attempts_max: Annotated[int, between(3, 100)] = 4  # the first may go uncounted, the last is made alone
     """Attempts at one request that may end with the worker's death, before it is answered POISONED."""
     drain_s: Annotated[float, between(0, 3600)] = 8
     """Time to finish what runs once told to leave; the rest is handed over."""

@@ -43,7 +43,10 @@ class Gate:
     """
 
     def __init__(self, attempts_max: int) -> None:
-        """`attempts_max`: of the attempts at a request that end with the worker's death."""
+        """`attempts_max`: of the attempts at a request that end with the worker's death, three at least.
+
+        With two nobody's last attempt would be made alone, and bystanders would be given up.
+        """
         self._counted_max = attempts_max - 1  # the first may have gone uncounted
         self._waiting: deque[Waiting] = deque()
         self._is_solo = False  # what runs is a suspect
@@ -57,7 +60,7 @@ class Gate:
         attempts = partition.attempts(record.offset)
         if attempts >= self._counted_max:
             return False
-        self._waiting.append(Waiting(partition, record, is_suspect=attempts > 0 and attempts == self._counted_max - 1))
+        self._waiting.append(Waiting(partition, record, is_suspect=attempts == self._counted_max - 1))
         return True
 
     def next(self, num_running: int) -> Waiting | None:
