@@ -161,6 +161,7 @@ def test_end_tokens_come_from_the_generation_config_before_the_models(tmp_path):
         ("tokenizer_config.json", "[]"),
         ("tokenizer_config.json", '{"chat_template": "{% for %}"}'),
         ("generation_config.json", '{"eos_token_id": "one"}'),
+        ("tokenizer.json", "[" * 100_000),
     ],
 )
 def test_a_broken_model_folder_is_named_with_its_file(tmp_path, name, content):

@@ -298,7 +298,7 @@ def _load_eos(folder: Path) -> frozenset[int]:
 def _read(path: Path, kind: type[Loaded]) -> Loaded:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Misconfigured(f"cannot read {path}: {error}; fetch the model again") from error
 
 
