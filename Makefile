@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_DEFAULT_FP_FUSION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-kernels lint parity quality bench gpu simulate compose-test constraints clean
+.PHONY: help install demo test test-kernels lint parity quality bench gpu chaos chaos-long simulate compose-test constraints clean
 
 help: ## List what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,12 @@ bench: $(STAMP) ## Measure the worker's overhead: the engine alone against the w
 
 gpu: ## On a machine with a GPU, torch and Triton: check and time the kernels; FOLDER=... for the results
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(or $(FOLDER),build/gpu)
+
+chaos: $(STAMP) ## Do every kind of harm to real workers and brokers, 15 minutes; the report is build/chaos/report.md
+	@$(BIN)/python -m tests.chaos
+
+chaos-long: $(STAMP) ## The same at the sizes of a night
+	@$(BIN)/python -m tests.chaos --size nightly
 
 simulate: $(STAMP) ## Run the crash simulation for 50,000 seeds, about an hour; make test runs 500
 	@$(BIN)/python -m tests.random_faults

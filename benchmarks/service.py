@@ -366,9 +366,9 @@ def _folder(model: str | None, scratch: Path) -> Path:
     try:
         return model_folder(DEMO_MODEL)
     except Misconfigured:
-        from tests.campaign import tiny_model  # brings transformers
+        from tests.tiny_models import tiny_served  # brings transformers
 
-        return tiny_model(scratch)
+        return tiny_served(scratch)
 
 
 def _linked(folder: Path, scratch: Path) -> Path:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-METADATA, OFFSET_FETCH, FIND_COORDINATOR, JOIN_GROUP, HEARTBEAT, END_TXN, TXN_OFFSET_COMMIT = 3, 9, 10, 11, 12, 26, 28
+PRODUCE, METADATA, OFFSET_FETCH, FIND_COORDINATOR, JOIN_GROUP, HEARTBEAT = 0, 3, 9, 10, 11, 12
+INIT_PRODUCER_ID, ADD_PARTITIONS_TO_TXN, ADD_OFFSETS_TO_TXN, END_TXN, TXN_OFFSET_COMMIT = 22, 24, 25, 26, 28
 
 HOST = "127.0.0.1"
 
@@ -32,19 +33,26 @@ class _Connection:
 
 
 class KafkaProxy:
-    """Faults are switched on by the API key of the request that they are for."""
+    """Faults are switched on by the API key of the request that they are for, or for all that passes.
 
-    def __init__(self, brokers: str) -> None:
+    `host` is the address of this machine at which it listens.
+    """
+
+    def __init__(self, brokers: str, host: str = HOST) -> None:
         self._port = int(brokers.rpartition(":")[2])
+        self._host = host
         self._lost_requests: set[int] = set()
         self._held_next: set[int] = set()
         self._lost_answers: set[int] = set()
         self._answers: dict[int, list[Answer]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.held: list[bytes] = []
+        self.drops_requests = self.drops_answers = False  # all of them, while the connections stay as they are
+        self.latency_s, self.bytes_per_s = 0.0, float("inf")  # of each frame, in either direction
+        self.num_struck = 0  # requests and answers that were held, lost once, or answered otherwise
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, HOST, 0)
+        self._server = await asyncio.start_server(self._serve, self._host, 0)
         self.port: int = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -59,16 +67,16 @@ class KafkaProxy:
     @property
     def brokers(self) -> str:
         """What clients bootstrap from."""
-        return f"{HOST}:{self.port}"
+        return f"{self._host}:{self.port}"
 
     def hold_next(self, key: int) -> None:
         """The next such request does not arrive until it is delivered; the client waits for its answer in vain."""
         self._held_next.add(key)
 
     async def deliver(self) -> None:
-        """The request that was held arrives, as if it had been long on its way; the broker has dealt with it."""
+        """The request that was held first arrives, as if it had been long on its way; the broker has dealt with it."""
         reader, writer = await asyncio.open_connection(HOST, self._port)
-        await _write(writer, self.held.pop())
+        await _write(writer, self.held.pop(0))
         await _read(reader)
         writer.close()
 
@@ -101,8 +109,9 @@ class KafkaProxy:
                 if key in self._held_next:
                     self._held_next.remove(key)
                     self.held.append(frame)
-                elif key not in self._lost_requests:
-                    await _write(connection.broker, frame)
+                    self.num_struck += 1
+                elif not (key in self._lost_requests or self.drops_requests):
+                    await self._pass_on(connection.broker, frame)
         connection.close()
 
     async def _relay_answers(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
@@ -112,23 +121,36 @@ class KafkaProxy:
                 key, version = connection.asked.pop(struct.unpack(">i", frame[:4])[0])
                 if key in self._lost_answers:
                     self._lost_answers.remove(key)
+                    self.num_struck += 1
                     break
                 if answers := self._answers.get(key):
+                    self.num_struck += 1
                     frame = frame[:4] + answers.pop(0)(version, frame[4:])
-                await _write(
-                    connection.client, self._readdressed(frame) if key in (METADATA, FIND_COORDINATOR) else frame
-                )
+                if key in (METADATA, FIND_COORDINATOR):
+                    frame = self._readdressed(frame)
+                if not self.drops_answers:
+                    await self._pass_on(connection.client, frame)
         connection.close()
+
+    async def _pass_on(self, writer: asyncio.StreamWriter, frame: bytes) -> None:
+        if self.latency_s:
+            await asyncio.sleep(self.latency_s + len(frame) / self.bytes_per_s)
+        await _write(writer, frame)
 
     def _readdressed(self, frame: bytes) -> bytes:
         for host in (HOST.encode(), b"localhost"):
-            for length in (struct.pack(">h", len(host)), bytes([len(host) + 1])):  # a string, a compact string
-                theirs, ours = (
-                    length + host + struct.pack(">i", self._port),
-                    length + host + struct.pack(">i", self.port),
-                )
-                frame = frame.replace(theirs, ours)
+            for string in (_string, _compact_string):
+                theirs = string(host) + struct.pack(">i", self._port)
+                frame = frame.replace(theirs, string(self._host.encode()) + struct.pack(">i", self.port))
         return frame
+
+
+def _string(text: bytes) -> bytes:
+    return struct.pack(">h", len(text)) + text
+
+
+def _compact_string(text: bytes) -> bytes:
+    return bytes([len(text) + 1]) + text
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes:

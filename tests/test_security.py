@@ -18,7 +18,6 @@ import pytest
 from schemas.codec import decode_result
 from schemas.results import Completion, ErrorCode, Input
 from tests.broker_contract import Owner, read, transact
-from tests.campaign import ROOT, tiny_model
 from tests.invariants import place
 from tests.secured_kafka import (
     CREATE,
@@ -36,6 +35,7 @@ from tests.secured_kafka import (
     make_authority,
     secured_kafka,
 )
+from tests.tiny_models import tiny_served
 from worker.brokers import kafka_eos
 from worker.brokers.base import Outgoing, Position
 from worker.brokers.kafka import KafkaBroker
@@ -47,6 +47,7 @@ from worker.errors import Fenced, Misconfigured
 
 pytestmark = pytest.mark.slow  # not one by one: certificates and a node come first
 
+ROOT = Path(__file__).parents[1]
 DEFAULTS = Settings()
 TOPICS = DEFAULTS.topics
 REFUSED_S = 20.0  # a refusal is an answer: it comes within a second, on a busy machine within a few
@@ -236,7 +237,7 @@ async def test_commands_name_the_right_that_they_lack_and_need_no_other(secured)
 
 async def test_a_worker_process_answers_and_logs_neither_prompts_nor_its_password(secured, tmp_path):
     await secured.allow_only(RIGHTS)
-    model = tiny_model(tmp_path)
+    model = tiny_served(tmp_path)
     (tmp_path / "tokenmill.toml").write_text(settings_file(secured, model))
     records = [Outgoing(topic=TOPICS.requests, key=None, value=value) for value in requests(model.name)]
     asked = await send_all(secured.admin, records)

@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.tiny_tokenizer import save_byte_level
+
 # The default of 0.02 leaves the logits of such small models all but equal, so that greedy choices hang on rounding.
 # 0.15 spreads them by about 1.
 INITIALIZER_RANGE = 0.15
@@ -56,6 +58,12 @@ def tiny_mixtral(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
     config = transformers.MixtralConfig(**_SHAPE | experts | shape)
     return _save(tmp / f"mixtral-{seed}", seed, transformers.MixtralForCausalLM, config)
+
+
+def tiny_served(tmp: Path) -> Path:
+    """A random Mixtral with a tokenizer and a chat template: a model folder like any other, but for sense."""
+    path = tiny_mixtral(tmp, vocab_size=400, max_position_embeddings=1024)  # as many as the tokenizer has
+    return save_byte_level(path)
 
 
 def tiny_mistral(tmp: Path, seed: int = 0, **shape: Any) -> Path:

@@ -55,6 +55,7 @@ def server_properties(
         "offsets.topic.num.partitions": 8,  # default 50: slower first use, more files, for one machine's few groups
         "transaction.state.log.num.partitions": 8,
         "group.initial.rebalance.delay.ms": 0,  # default 3 s, to let a large group gather
+        "group.min.session.timeout.ms": 1000,  # default 6 s: tests of takeovers need not wait so long
         # How long a killed node goes unnoticed and its own restart is refused: default 9 s.
         "broker.session.timeout.ms": 3000,
         "broker.heartbeat.interval.ms": 500,

@@ -1,0 +1,119 @@
+"""A slice of the fault campaign (`make chaos`), and what its report makes of what a trial shows."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.campaign import Campaign, request, scripted_model
+from tests.chaos.__main__ import controlled, trials_of
+from tests.chaos.fault import Control, Fault, Finding, Stack, Trial
+from tests.chaos.faults import FAULTS
+from tests.chaos.report import Line, as_json, markdown, p99
+from tests.worker_process import POINTS
+from worker.config import Kafka
+
+# Those that find most for their time: all are run by `make chaos`.
+SLICES = {"F1": 2, "F2": 1, "F8": 2, "F11": 1000, "F16": 40}
+END_SENT = POINTS.index("end sent")  # the seed that has a worker die there
+
+
+@pytest.fixture(scope="module")
+def stack(kafka, tmp_path_factory):
+    return Stack(brokers=kafka.brokers, model=scripted_model(tmp_path_factory.mktemp("model")))
+
+
+def trial(stack: Stack, folder: Path, size: int, seed: int = END_SENT) -> Trial:
+    return Trial(seed=seed, size=size, folder=folder, stack=stack)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLICES)
+async def test_a_fault_loses_repeats_and_bills_nothing_twice(stack, tmp_path, name):
+    finding = await FAULTS[name].run(trial(stack, tmp_path / name, SLICES[name]))
+    assert finding.violations == []
+
+
+@pytest.mark.slow
+async def test_a_zombie_is_fenced_and_without_the_generation_in_the_commit_it_answers_and_bills_twice(stack, tmp_path):
+    """The negative control: what the frozen worker held is there again."""
+    fault = FAULTS["F4"]
+    assert (await fault.run(trial(stack, tmp_path / "F4", 1))).violations == []
+    assert fault.control
+    finding = await controlled(
+        fault, fault.control, [trial(stack, tmp_path / f"{seed}", 1, seed) for seed in range(3)], tmp_path / "control"
+    )
+    assert any("was answered 2 times" in one for one in finding.violations), finding
+    assert any("cost event" in one and "came 2 times" in one for one in finding.violations), finding
+
+
+async def test_a_group_that_left_something_undone_is_told_from_one_that_did_not(kafka, stack, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.campaign.SETTLED_S", 1.0)
+    async with Campaign(Kafka(brokers=kafka.brokers), f"undone_{tmp_path.name}", stack.model, tmp_path).opened() as one:
+        await one.ask([request(stack.model.name, "hello", tokens=1)])
+        found = await one.judge()
+    assert any("was never answered" in violation for violation in found)
+    assert any("is committed up to 0 of 1" in violation for violation in found)
+
+
+# ----------------------------------------------------------------------------------------------------------- the driver
+
+
+def fault(**changes) -> Fault:
+    async def run(_trial: Trial) -> Finding:
+        return Finding()
+
+    own: dict[str, Any] = {"id": "F0", "title": "none", "unit": "kills", "pr": 10, "nightly": 25, "run": run}
+    return Fault(**own | changes)
+
+
+def test_the_trials_of_a_fault_add_up_to_its_size():
+    assert trials_of(fault(per_trial=4), "pr", None) == [4, 4, 2]
+    assert trials_of(fault(per_trial=10), "nightly", None) == [10, 10, 5]
+    assert trials_of(fault(per_trial=4), "nightly", 2) == [4, 4]
+
+
+def test_the_report_names_what_went_wrong_and_how_to_see_it_again():
+    line = Line(fault=fault(), first_seed=3, num_strikes=2)
+    line.findings = {3: Finding(recoveries_s=[1.0]), 4: Finding(violations=["lost"], recoveries_s=[3.0])}
+    assert line.problems == ["seed 4: lost"]
+    table = markdown([line], "python -m tests.chaos")
+    assert "| F0 | none | 2 kills | 1 | 2.0 s | 3.0 s | 0 |" in table
+    assert "`--faults F0 --seed 4 --trials 1`" in table
+    assert "confidence" not in table
+    assert b'"problems": [\n' in as_json([line], "python -m tests.chaos")
+
+
+def test_no_violation_in_so_many_kills_says_how_strong_that_is():
+    line = Line(fault=fault(), first_seed=0, num_strikes=300, findings={0: Finding()})
+    assert "No violation in 300 kills: with 95 % confidence fewer than 1.0% of kills do harm." in markdown([line], "")
+
+
+def test_slow_recovery_and_a_control_that_shows_nothing_are_problems():
+    line = Line(fault=fault(recovery_max_s=2.0, control=Control(job={}, shows="twice")), first_seed=0)
+    line.findings, line.control = {0: Finding(recoveries_s=[2.5])}, Finding(violations=["once"])
+    slow, idle = line.problems
+    assert "recovery takes 2.5 s" in slow
+    assert "prove nothing" in idle
+    line.control = Finding(violations=["answered twice"])
+    assert line.problems == [slow]
+
+
+def test_the_99th_percentile_of_few_values_is_the_largest():
+    assert p99([1.0, 5.0, 2.0]) == 5.0
+    assert p99([1.0] * 98 + [7.0] * 2) == pytest.approx(7.0)
+
+
+def test_every_fault_has_a_size_in_both_columns_or_runs_at_night_only():
+    assert all(one.nightly >= one.pr >= 0 and one.nightly > 0 for one in FAULTS.values())
+
+
+async def test_a_trial_that_breaks_off_is_a_violation(tmp_path, stack):
+    async def broken(_trial: Trial) -> Finding:
+        await asyncio.sleep(0)
+        raise RuntimeError("broken")
+
+    shows = Control(job={}, shows="broke off")
+    finding = await controlled(fault(run=broken), shows, [trial(stack, tmp_path / "one", 1)], tmp_path / "control")
+    assert finding.violations == ["the trial broke off: RuntimeError('broken')"]
