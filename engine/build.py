@@ -30,11 +30,10 @@ def build(config: EngineConfig, model_path: Path, progress: Progress | None = No
 
     Raises ModelError where the checkpoint cannot be used, EngineMisconfigured where the settings do not suit it.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     dtype = activation_dtype(device)
     ops = pick(device)
+    ops.use_threads(config.threads)
     decoder = load(model_path, ops, weights=config.weights, dtype=dtype, device=device, progress=progress)
     kept = cache_dtype(config.cache, dtype)
     block_bytes = bytes_per_block(decoder.spec, config.block_size, kept)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -122,6 +123,11 @@ class WeightKernel:
     stack: Callable[[Sequence[Any]], Sequence[Any]] = list
 
 
+def _use_torch_threads(number: int) -> None:
+    if number:
+        torch.set_num_threads(number)
+
+
 @dataclass(frozen=True)
 class Ops:
     """One backend. Every function returns new tensors unless its name says write."""
@@ -171,6 +177,9 @@ class Ops:
 
     weights: Mapping[str, WeightKernel]
     """By layout. One without an entry is unpacked and multiplied: slow and right."""
+
+    use_threads: Callable[[int], None] = _use_torch_threads
+    """Divides the work of this process among so many processor threads; 0: as many as torch took at its start."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
-"""How the C++ kernels come to be: where they are kept, and what happens where they cannot be."""
+"""How the C++ kernels come to be, what happens where they cannot be, and how they divide their work among threads."""
 
 import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,3 +105,47 @@ def test_a_matrix_meets_no_row_of_another_length() -> None:
     weight = kernel.prepare(FORMATS["int8"].quantize(torch.randn(64, 96)))
     with pytest.raises(RuntimeError, match="other inputs than 100"):
         kernel.linear(torch.randn(1, 100), weight)
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.fixture
+def product() -> Iterator[Callable[[int], torch.Tensor]]:
+    """A product of 37 blocks on the number of threads asked for."""
+    if (ops := backends.pick("cpu")).name != "cpu":
+        pytest.skip("there are no C++ kernels here")
+    generator = torch.Generator().manual_seed(0)
+    kernel = ops.weights["int8"]
+    weight = kernel.prepare(FORMATS["int8"].quantize(torch.randn(37 * 64 - 5, 128, generator=generator)))
+    x = torch.randn(9, 128, generator=generator)
+
+    def multiply(num_threads: int) -> torch.Tensor:
+        torch.set_num_threads(num_threads)
+        return kernel.linear(x, weight)
+
+    before = torch.get_num_threads()
+    yield multiply
+    torch.set_num_threads(before)
+
+
+def test_no_number_of_threads_changes_a_bit(product: Callable[[int], torch.Tensor]) -> None:
+    alone = product(1)
+    for num_threads in [2, 3, 7, 64, 100] * 50:  # more than there are cores too, so that some come late
+        assert torch.equal(product(num_threads), alone)
+
+
+def test_callers_on_several_threads_get_what_they_would_get_alone(product: Callable[[int], torch.Tensor]) -> None:
+    alone = product(1)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(one, alone) for one in pool.map(product, [2, 3, 4, 5] * 100))
+
+
+def test_a_forked_process_computes_without_the_threads_that_it_did_not_get(
+    product: Callable[[int], torch.Tensor],
+) -> None:
+    alone = product(4)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(product(4), alone) else 1)
+    assert os.waitpid(child, 0)[1] == 0

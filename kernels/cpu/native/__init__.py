@@ -2,8 +2,8 @@
 
 Owns the table. `*.cpp` and `*.h` hold the kernels, `build.py` gets them compiled, `packing.py` lays weights out for
 them. Products with int8 and int4 weights quantize activations by groups of a row (`reference.quantize_rows`), those
-with bf16 weights round them to bf16. What a row becomes does not depend on the other rows of the batch, to the bit;
-fp32 weights alone go through torch and are as equal as torch makes them.
+with bf16 weights round them to bf16. What a row becomes does not depend on the other rows of the batch, to the bit.
+The threads are our own (`threads.h`): torch's would look for work on the same cores for milliseconds after each op.
 """
 
 import dataclasses
@@ -25,6 +25,9 @@ from kernels.ops import AttentionBatch, Linear, Ops, WeightKernel
 __all__ = ["Unavailable", "ops"]
 
 
+THREADS = torch.get_num_threads()  # before anybody has changed it: the cores, or OMP_NUM_THREADS
+
+
 @cache
 def ops() -> Ops:
     """The table. Raises Unavailable where there are no C++ kernels."""
@@ -42,8 +45,15 @@ def ops() -> Ops:
         route=route,
         experts=experts,
         sample=partial(sample.sample, greatest=calls.greatest.default),
+        use_threads=use_threads,
         weights={**cpu.OPS.weights, **{name: WeightKernel(pack, linear, packing.stack) for name, pack in PACK.items()}},
     )
+
+
+def use_threads(number: int) -> None:
+    """As the definition. Torch is left with one: what it does is small, and its others would be in the way."""
+    torch.ops.tokenmill_cpu.use_threads.default(number or THREADS)
+    torch.set_num_threads(1)
 
 
 def linear(x: Tensor, weight: Packed) -> Tensor:

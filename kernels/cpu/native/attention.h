@@ -154,7 +154,7 @@ void attend_as(const Attention& a, const AttentionTask& task, float* scratch) {
   const auto head = [&](int64_t row) { return task.group * heads + (task.first + row) % heads; };
   for (int64_t row = 0; row < num_rows; row++) {
     running[row] = a.sinks ? Running{a.sinks[head(row)], 1.0f} : Running{-INFINITY, 0.0f};
-    const float* query = a.query + ((task.token + token(row)) * a.num_heads + head(row)) * a.keys.size;
+    const float* query = a.query + (task.token + token(row)) * a.token_stride + head(row) * a.head_stride;
     for (int64_t d = 0; d < key_size; d += 16) {
       store(queries + row * key_size + d, load_up_to(query + d, a.keys.size - d) * broadcast(a.scale));
     }

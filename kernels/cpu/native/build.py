@@ -30,7 +30,7 @@ _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 INSTRUCTION_SETS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
 
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 
 
 class Unavailable(Exception):
@@ -98,7 +98,7 @@ def _compile(compiler: str, folder: Path, includes: list[str], libraries: list[s
     """The library, made in `folder`: the kernels once for each instruction set, the ops once, all at the same time."""
     include = [flag for path in includes for flag in ("-isystem", path)]
     units = {isa: [*flags, f"-DISA={isa}", "kernels.cpp"] for isa, flags in INSTRUCTION_SETS.items()}
-    units["ops"] = [*include, "ops.cpp"]
+    units |= {"threads": ["threads.cpp"], "ops": [*include, "ops.cpp"]}
 
     def compile_unit(name: str) -> str:
         target = str(folder / f"{name}.o")
@@ -109,7 +109,7 @@ def _compile(compiler: str, folder: Path, includes: list[str], libraries: list[s
         objects = list(pool.map(compile_unit, reversed(units)))  # the longest first
     made = folder / "library.so"
     search = [f"-L{path}" for path in libraries]
-    _run([compiler, "-shared", "-fopenmp", *objects, *search, "-lc10", "-ltorch_cpu", "-o", str(made)])
+    _run([compiler, "-shared", "-pthread", *objects, *search, "-lc10", "-ltorch_cpu", "-o", str(made)])
     return made
 
 

@@ -1,7 +1,7 @@
 // What the kernels are given, and the table of them that each instruction set fills in.
 //
 // A kernel works on a part of an op's work, on one thread, and knows nothing of torch; `ops.cpp` checks, allocates and
-// hands the parts to torch's threads. A row of activations comes out alike whatever the other rows are, to the bit.
+// hands the parts to threads. A row of activations comes out alike whatever the other rows are, to the bit.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr int64_t kBlock = 64;
 constexpr int64_t kInt4Group = 32;  // inputs that share a scale and a zero
 constexpr int64_t kGroup = 64;      // inputs that share a scale as activations in int8: two groups of int4 weights
 
-enum class Format : int64_t { bf16, int8, int4 };
+enum class Format : int64_t { bf16, int8, int4, fp32 };
 
 struct Matrix {
   Format format;
@@ -22,7 +22,7 @@ struct Matrix {
   int64_t in;
 };
 
-// T rows of x (T, in), prepared for a format: bf16, or int8 with a scale for each group and a sum for each half of it,
+// T rows of x (T, in), prepared for a format: fp32, bf16, or int8 with a scale for each group and a sum for each half of it,
 // which undo the bias of the weights. A row is a record of `bytes`: the values, padded to whole groups, scales, sums.
 struct Rows {
   uint8_t* data;
@@ -33,10 +33,15 @@ struct Rows {
 static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t num_groups(int64_t in) { return padded(in, kGroup) / kGroup; }
 static inline int64_t values_bytes(Format format, int64_t in) {
-  return format == Format::bf16 ? padded(2 * in, 64) : num_groups(in) * kGroup;
+  switch (format) {
+    case Format::fp32: return padded(4 * in, 64);
+    case Format::bf16: return padded(2 * in, 64);
+    default: return num_groups(in) * kGroup;
+  }
 }
 static inline int64_t block_bytes(Format format, int64_t in) {
   switch (format) {
+    case Format::fp32: return in * 4 * kBlock;
     case Format::bf16: return padded(in, 2) * 2 * kBlock;
     case Format::int8: return (4 + padded(in, 4)) * kBlock;
     case Format::int4: return in / kInt4Group * (4 + kInt4Group / 2) * kBlock;
@@ -44,7 +49,8 @@ static inline int64_t block_bytes(Format format, int64_t in) {
   return 0;
 }
 static inline int64_t row_bytes(Format format, int64_t in) {
-  return padded(values_bytes(format, in) + (format == Format::bf16 ? 0 : 12 * num_groups(in)), 64);
+  const bool has_groups = format == Format::int8 || format == Format::int4;
+  return padded(values_bytes(format, in) + (has_groups ? 12 * num_groups(in) : 0), 64);
 }
 
 // Where the products of a block go: y[row][column .. column + columns) = product, or += weight[i] * product.
@@ -65,7 +71,8 @@ enum class CacheType { fp32, bf16, fp8, int8 };  // of `kernels/cache.py`
 
 struct Attention {
   const float* query;  // (T, H, D)
-  float* output;       // (T, H, Dv)
+  int64_t token_stride, head_stride;  // of it
+  float* output;                      // (T, H, Dv)
   Cache keys, values;
   CacheType type;  // of both caches
   int64_t num_heads, num_groups, block_size;

@@ -194,21 +194,51 @@ struct Bf16 {
   }
 };
 
+// ---------------------------------------------------------------------------------------------------------------- fp32
+//
+// A block: for each input 64 features.
+
+struct Fp32 {
+  template <int M>
+  static constexpr int kVectors = vectors<M>(1);
+
+  template <int M, int V>
+  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
+                              float* out) {
+    Columns<Floats, M, V> totals;
+    unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
+    const uint8_t* w = block + 64 * first;
+    for (int64_t k = 0; k < in; k++, w += 4 * kBlock) {
+      Floats weights[V];
+      unroll<V>(FOR(v) { weights[v] = load((const float*)(w + 64 * v)), prefetch(w + 64 * v); });
+      unroll<M>(FOR(m) {
+        const Floats x = broadcast(((const float*)rows[m])[k]);
+        unroll<V>(FOR(v) {
+          Floats& total = totals.template at<v>()[m];
+          total = fma(weights[v], x, total);
+        });
+      });
+    }
+    unroll<M>(FOR(m) { unroll<V>(FOR(v) { store(out + kBlock * m + 16 * v, totals.template at<v>()[m]); }); });
+  }
+};
+
 // ----------------------------------------------------------------------------------------------------------- the whole
 
-// out (M, 64) = M rows times one block.
+// out (M, 64) = M rows times one block, of which `columns` features are not padding.
 template <class F, int M>
-void tile(const uint8_t* block, int64_t in, const uint8_t* const* some_rows, float* out) {
+void tile(const uint8_t* block, int64_t in, const uint8_t* const* some_rows, float* out, int64_t columns) {
   constexpr int V = F::template kVectors<M>;
   const uint8_t* rows[M];
   unroll<M>(FOR(m) { rows[m] = some_rows[m]; });
+  if (columns <= 16) return F::template multiply<M, 1>(block, 0, in, rows, out);  // a router reads a quarter
   for (int first = 0; first < 4; first += V) F::template multiply<M, V>(block, first, in, rows, out + 16 * first);
 }
 
 template <class F, int... M>
 INLINE void tile(int num_rows, const uint8_t* block, int64_t in, const uint8_t* const* rows, float* out,
-                 std::integer_sequence<int, M...>) {
-  ((num_rows == M + 1 ? tile<F, M + 1>(block, in, rows, out) : void()), ...);
+                 int64_t columns, std::integer_sequence<int, M...>) {
+  ((num_rows == M + 1 ? tile<F, M + 1>(block, in, rows, out, columns) : void()), ...);
 }
 
 INLINE void put(const Product& product, int64_t row, int64_t column, const float* tile_row, int64_t columns) {
@@ -231,7 +261,7 @@ void multiply_as(const Matrix& matrix, int64_t block, const Rows& rows, const in
     const uint8_t* some_rows[kTileRows];
     for (int m = 0; m < size; m++) some_rows[m] = rows[chosen ? chosen[row + m] : row + m];
     tile<F>(size, matrix.data + block * matrix.block_bytes, matrix.in, some_rows, out,
-            std::make_integer_sequence<int, kTileRows>{});
+            columns, std::make_integer_sequence<int, kTileRows>{});
     for (int m = 0; m < size; m++) put(product, row + m, block * kBlock, out + kBlock * m, columns);
     row += size;
   }
@@ -241,6 +271,7 @@ void multiply_as(const Matrix& matrix, int64_t block, const Rows& rows, const in
 inline void multiply(const Matrix& matrix, int64_t block, const Rows& rows, const int64_t* chosen, int64_t num_rows,
                      const Product& product, int64_t columns) {
   switch (matrix.format) {
+    case Format::fp32: return multiply_as<Fp32>(matrix, block, rows, chosen, num_rows, product, columns);
     case Format::bf16: return multiply_as<Bf16>(matrix, block, rows, chosen, num_rows, product, columns);
     case Format::int8: return multiply_as<Int8>(matrix, block, rows, chosen, num_rows, product, columns);
     case Format::int4: return multiply_as<Int4>(matrix, block, rows, chosen, num_rows, product, columns);
@@ -279,9 +310,10 @@ inline void narrow_row(const float* x, int64_t size, bf16* y) {
 }
 
 inline void prepare_row(Format format, const float* x, int64_t in, uint8_t* row) {
-  if (format != Format::bf16) return quantize_row(x, in, row);
-  narrow_row(x, in, (bf16*)row);
-  std::memset(row + 2 * in, 0, values_bytes(format, in) - 2 * in);
+  if (format == Format::int8 || format == Format::int4) return quantize_row(x, in, row);
+  const int64_t size = (format == Format::fp32 ? 4 : 2) * in;
+  format == Format::fp32 ? void(std::memcpy(row, x, size)) : narrow_row(x, in, (bf16*)row);
+  std::memset(row + size, 0, values_bytes(format, in) - size);
 }
 
 }  // namespace tokenmill::ISA

@@ -1,4 +1,4 @@
-// The ops as torch sees them: checks, memory, and the division of the work among torch's threads.
+// The ops as torch sees them: checks, memory, and the division of the work.
 //
 // Owns the choice of instruction set, once, by what the processor has. Works in fp32; other activations are widened on
 // the way in and rounded once on the way out. `kernels/reference.py` says what each op means.
@@ -9,12 +9,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace tokenmill {
 namespace {
@@ -47,7 +49,30 @@ const Kernels& kernels() { return *chosen_kernels; }
 // Rows so cheap that fewer than eight are not worth a second thread, which takes a microsecond to join.
 constexpr int64_t kCheapRows = 8;
 
+int num_threads = 0;  // 0: as many as torch uses
+
+// f(begin, end) for all of [0, size), on several threads.
+template <class F>
+void parallel_for(int64_t size, int64_t grain, const F& f) {
+  run_parallel(
+      size, grain, num_threads ? num_threads : at::get_num_threads(),
+      [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
+}
+
 Tensor floats(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
+
+// Heads (T, heads, size) fp32, each contiguous, as they lie in what they are a part of.
+struct Heads {
+  Tensor memory;
+  const float* data;
+  int64_t token_stride, head_stride;
+  explicit Heads(const Tensor& x)
+      : memory(x.scalar_type() == at::kFloat && x.stride(2) == 1 ? x : floats(x)),
+        data(memory.const_data_ptr<float>()),
+        token_stride(memory.stride(0)),
+        head_stride(memory.stride(1)) {}
+  const float* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
+};
 
 // -------------------------------------------------------------------------------------------------------------- linear
 
@@ -70,7 +95,7 @@ struct PreparedRows {
 
 PreparedRows prepare(Format format, const float* x, int64_t num_rows, int64_t in) {
   PreparedRows prepared(format, num_rows, in);
-  at::parallel_for(0, num_rows, kCheapRows, [&](int64_t begin, int64_t end) {
+  parallel_for(num_rows, kCheapRows, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       kernels().prepare_row(format, x + t * in, in, prepared.rows.data + t * prepared.rows.bytes);
     }
@@ -86,7 +111,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t format, int64_t out
   if (num_rows == 0) return y.to(x.scalar_type());
   const PreparedRows prepared = prepare(weight.format, x32.const_data_ptr<float>(), num_rows, in);
   const Product product{y.mutable_data_ptr<float>(), out, nullptr, nullptr};
-  at::parallel_for(0, weight.num_blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(weight.num_blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) {
       kernels().multiply(weight, block, prepared.rows, nullptr, num_rows, product,
                          std::min(kBlock, out - block * kBlock));
@@ -135,7 +160,7 @@ PreparedRows hidden(const Pairs& pairs, const Rows& inputs, const Matrix& gate_u
   const Tensor gates_and_ups = at::empty({num_pairs, 2 * size}, at::kFloat);
   float* y = gates_and_ups.mutable_data_ptr<float>();
   // Block by block, so that every thread has a share of each expert, however the tokens are spread.
-  at::parallel_for(0, gate_up.num_blocks * num_active, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(gate_up.num_blocks * num_active, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t block = i / num_active, expert = pairs.active[i % num_active], first = pairs.starts[expert];
       const Product product{y + first * 2 * size, 2 * size, nullptr, nullptr};
@@ -144,7 +169,7 @@ PreparedRows hidden(const Pairs& pairs, const Rows& inputs, const Matrix& gate_u
     }
   });
   PreparedRows prepared(gate_up.format, num_pairs, size);
-  at::parallel_for(0, num_pairs, kCheapRows, [&](int64_t begin, int64_t end) {
+  parallel_for(num_pairs, kCheapRows, [&](int64_t begin, int64_t end) {
     std::vector<float> gated(size);
     for (int64_t i = begin; i < end; i++) {
       kernels().swiglu_row(y + i * 2 * size, y + i * 2 * size + size, size, gated.data());
@@ -166,7 +191,7 @@ Tensor experts(const Tensor& x, const Tensor& chosen_weights, const Tensor& chos
   const PreparedRows rows = hidden(pairs, inputs.rows, gate_up, size);
   float* total = y.mutable_data_ptr<float>();
   // A thread owns columns of y and walks the experts in order: no two add to one number, and always in the same order.
-  at::parallel_for(0, down.num_blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(down.num_blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) {
       for (const int64_t expert : pairs.active) {
         const int64_t first = pairs.starts[expert];
@@ -275,7 +300,7 @@ void write_row(const float* x, int64_t size, CacheType type, void* cache, int64_
 }
 
 void write_cache(const Tensor& x, const Tensor& cache, const Tensor& slots) {
-  const Tensor x32 = floats(x);
+  const Heads from(x);
   const Cache to = cache_of(cache);
   const CacheType type = type_of(cache);
   TORCH_CHECK(x.size(1) == cache.size(2) && x.size(2) == to.size, "keys or values do not fit into the cache");
@@ -285,7 +310,7 @@ void write_cache(const Tensor& x, const Tensor& cache, const Tensor& slots) {
     const int64_t token = i / num_groups;
     TORCH_CHECK_INDEX(slot[token] >= 0 && slot[token] < num_slots, "there is no slot ", slot[token]);
     const int64_t place = slot[token] * to.slot_stride + i % num_groups * to.group_stride;
-    write_row(x32.const_data_ptr<float>() + i * to.size, to.size, type, (void*)to.data, place);
+    write_row(from.at(token, i % num_groups), to.size, type, (void*)to.data, place);
   }
 }
 
@@ -315,13 +340,16 @@ std::vector<AttentionTask> attention_tasks(const Attention& a, const Tensor& tab
 Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
                  at::IntArrayRef query_starts, at::IntArrayRef context_lens, double scale,
                  std::optional<int64_t> window, const std::optional<Tensor>& sinks) {
-  const Tensor query32 = floats(query), tables = block_tables.contiguous(), sinks32 = sinks ? floats(*sinks) : Tensor();
+  const Heads queries(query);
+  const Tensor tables = block_tables.contiguous(), sinks32 = sinks ? floats(*sinks) : Tensor();
   const Cache keys = cache_of(key_cache), values = cache_of(value_cache);
   Tensor y = at::empty({query.size(0), query.size(1), values.size}, at::kFloat);
   TORCH_CHECK(key_cache.scalar_type() == value_cache.scalar_type(), "the caches are of two types");
   TORCH_CHECK(query.size(2) == keys.size && query.size(1) % key_cache.size(2) == 0, "the query does not fit the cache");
   const Attention a{
-      query32.const_data_ptr<float>(),
+      queries.data,
+      queries.token_stride,
+      queries.head_stride,
       y.mutable_data_ptr<float>(),
       keys,
       values,
@@ -334,7 +362,7 @@ Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& val
       sinks ? sinks32.const_data_ptr<float>() : nullptr,
   };
   const std::vector<AttentionTask> tasks = attention_tasks(a, tables, query_starts, context_lens);
-  at::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(tasks.size(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(kernels().attention_floats(a));
     for (int64_t i = begin; i < end; i++) kernels().attend(a, tasks[i], scratch.data());
   });
@@ -342,13 +370,14 @@ Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& val
 }
 
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  const Tensor x32 = floats(x), cos32 = floats(cos), sin32 = floats(sin);
+  const Heads from(x);
+  const Tensor cos32 = floats(cos), sin32 = floats(sin);
   const int64_t num_heads = x.size(1), size = x.size(2);
-  Tensor y = at::empty_like(x32);
-  at::parallel_for(0, x.size(0), kCheapRows, [&](int64_t begin, int64_t end) {
+  Tensor y = at::empty(x.sizes(), at::kFloat);
+  parallel_for(x.size(0), kCheapRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * num_heads; i < end * num_heads; i++) {
       const int64_t angles = i / num_heads * (size / 2);
-      kernels().rotate_row(x32.const_data_ptr<float>() + i * size, cos32.const_data_ptr<float>() + angles,
+      kernels().rotate_row(from.at(i / num_heads, i % num_heads), cos32.const_data_ptr<float>() + angles,
                            sin32.const_data_ptr<float>() + angles, size / 2, y.mutable_data_ptr<float>() + i * size);
     }
   });
@@ -361,7 +390,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const Tensor x32 = floats(x), weight32 = floats(weight);
   const int64_t size = x.size(-1);
   Tensor y = at::empty_like(x32);
-  at::parallel_for(0, x.numel() / size, kCheapRows, [&](int64_t begin, int64_t end) {
+  parallel_for(x.numel() / size, kCheapRows, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       kernels().rms_norm_row(x32.const_data_ptr<float>() + t * size, weight32.const_data_ptr<float>(), size, float(eps),
                              y.mutable_data_ptr<float>() + t * size);
@@ -371,15 +400,29 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  const Tensor total = x + residual;
-  return {rms_norm(total, weight, eps), total};
+  if (x.scalar_type() != at::kFloat) {  // the sum is rounded before its norm is taken
+    const Tensor total = x + residual;
+    return {rms_norm(total, weight, eps), total};
+  }
+  const Tensor x32 = floats(x), residual32 = floats(residual), weight32 = floats(weight);
+  const int64_t size = x.size(-1);
+  Tensor total = at::empty_like(x32), y = at::empty_like(x32);
+  parallel_for(x.numel() / size, kCheapRows, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin * size; t < end * size; t += size) {
+      float* sum = total.mutable_data_ptr<float>() + t;
+      std::transform(x32.const_data_ptr<float>() + t, x32.const_data_ptr<float>() + t + size,
+                     residual32.const_data_ptr<float>() + t, sum, std::plus<float>());
+      kernels().rms_norm_row(sum, weight32.const_data_ptr<float>(), size, float(eps), y.mutable_data_ptr<float>() + t);
+    }
+  });
+  return {y, total};
 }
 
 Tensor swiglu(const Tensor& gate_up) {
   const Tensor x = floats(gate_up);
   const int64_t size = x.size(-1) / 2;
   Tensor y = at::empty({x.size(0), size}, at::kFloat);
-  at::parallel_for(0, x.size(0), kCheapRows, [&](int64_t begin, int64_t end) {
+  parallel_for(x.size(0), kCheapRows, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       const float* row = x.const_data_ptr<float>() + t * 2 * size;
       kernels().swiglu_row(row, row + size, size, y.mutable_data_ptr<float>() + t * size);
@@ -412,7 +455,7 @@ std::tuple<Tensor, Tensor> greatest(const Tensor& logits) {
   const Tensor logits32 = floats(logits);
   const int64_t size = logits.size(1);
   Tensor values = at::empty({logits.size(0)}, at::kFloat), ids = at::empty({logits.size(0)}, at::kLong);
-  at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(logits.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
       const float* row = logits32.const_data_ptr<float>() + r * size;
       const float value = kernels().greatest(row, size);
@@ -428,6 +471,7 @@ std::tuple<Tensor, Tensor> greatest(const Tensor& logits) {
 TORCH_LIBRARY(tokenmill_cpu, library) {
   library.def("instruction_sets() -> str[]", instruction_set_names);
   library.def("use_instruction_set(str name) -> ()", use_instruction_set);
+  library.def("use_threads(int number) -> ()", [](int64_t number) { num_threads = int(number); });
   library.def("linear(Tensor x, Tensor packed, int format, int out) -> Tensor", linear);
   library.def(
       "experts(Tensor x, Tensor weights, Tensor chosen, Tensor gate_up, Tensor down, int format, int size) -> Tensor",

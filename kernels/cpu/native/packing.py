@@ -52,6 +52,11 @@ def stack(matrices: Sequence[Packed]) -> PackedExperts:
     return PackedExperts(torch.stack([matrix.data for matrix in matrices]), matrices[0].format, matrices[0].out)
 
 
+def pack_fp32(parts: Parts) -> Packed:
+    """One input a lane."""
+    return Packed(_bytes(_in_blocks(parts["weight"].float(), 1)), FORMATS["fp32"], len(parts["weight"]))
+
+
 def pack_bf16(parts: Parts) -> Packed:
     """Two inputs a lane."""
     weight = _in_blocks(parts["weight"].bfloat16(), 2)  # (blocks, in / 2, 64, 2)
@@ -87,5 +92,10 @@ def _bytes(blocks: Tensor) -> Tensor:
     return blocks.flatten(1).contiguous().view(torch.uint8)
 
 
-FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
-PACK: Mapping[str, Callable[[Parts], Packed]] = {"bf16": pack_bf16, "int8": pack_int8, "int4": pack_int4}
+FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2, "fp32": 3}
+PACK: Mapping[str, Callable[[Parts], Packed]] = {
+    "fp32": pack_fp32,
+    "bf16": pack_bf16,
+    "int8": pack_int8,
+    "int4": pack_int4,
+}
