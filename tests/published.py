@@ -46,7 +46,7 @@ def _words(fields: Tensor, bits: int) -> Tensor:
 
 def _integers(num_out: int, num_in: int, group: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Levels (out, in), zero points and scales (out, groups)."""
-    groups = num_in // group
+    groups = -(-num_in // group)
     levels = torch.randint(1 << bits, (num_out, num_in))
     zero = torch.randint(1, 1 << bits, (num_out, groups))
     scale = (0.15 / (1 << bits - 2) * (0.5 + torch.rand(num_out, groups))).half()
@@ -67,13 +67,15 @@ def _gptq(bits: int = 4, group: int = GROUP, offset: int = 1, order: bool = Fals
         levels, zero, scale = _integers(num_out, num_in, size, bits)
         group_of = _neighbours(num_in, size)
         if order:
+            assert num_in > size
             group_of = group_of[torch.randperm(num_in)]
         tensors = {
             "qweight": _words(levels, bits).t(),
             "qzeros": _words(zero.t() - offset, bits),
             "scales": scale.t(),
-            "g_idx": group_of.int(),
         }
+        if offset:  # version 1 names the groups also where they are neighbours
+            tensors["g_idx"] = group_of.int()
         return tensors, _weight(levels, zero, scale, group_of)
 
     return write
@@ -182,6 +184,9 @@ LAYOUTS: dict[str, Layout] = {
     "gptq": Layout(_gptq(), _GPTQ, "int4"),
     "gptq v2, a group for each row": Layout(
         _gptq(group=-1, offset=0), _GPTQ | {"group_size": -1, "checkpoint_format": "gptq_v2"}, "int4"
+    ),
+    "gptq, a last group that is shorter": Layout(
+        _gptq(group=40, offset=0), _GPTQ | {"group_size": 40, "checkpoint_format": "gptq_v2"}, "plain"
     ),
     "gptq, by activation": Layout(_gptq(order=True), _GPTQ | {"desc_act": True}, "plain"),
     "gptq, 8 bits": Layout(_gptq(bits=8), _GPTQ | {"bits": 8}, "plain"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import engine.config
+from worker import start
 from worker.cli import main
 from worker.config import (
     Engine,
@@ -91,6 +92,27 @@ class TestWhereSettingsComeFrom:
         ours = {field.name for field in fields(Engine)}
         assert ours <= {field.name for field in fields(engine.config.EngineConfig)}
         engine.config.EngineConfig(**dict(flat(Engine())))  # and the defaults fit each other
+
+    def test_every_setting_reaches_the_engine(self, monkeypatch):
+        reached: list[engine.config.EngineConfig] = []
+        monkeypatch.setattr(start, "build", lambda config, _folder: reached.append(config))
+        changed = Engine(
+            device="cuda:1",
+            weights="int8",
+            cache="fp8",
+            threads=3,
+            block_size=32,
+            cache_tokens=64,
+            cache_memory_share=0.25,
+            context_max=48,
+            tokens_per_step_max=256,
+            sequences_max=8,
+            drafts_max=2,
+        )
+        start._build(changed, Path())
+        for name, default in flat(Engine()):
+            assert getattr(changed, name) != default, f"{name} is not tested"
+            assert getattr(reached[0], name) == getattr(changed, name)
 
 
 class TestWhatIsRefused:

@@ -154,6 +154,17 @@ def test_a_part_that_is_missing_or_misshapen_is_named(mixtral: Path, tmp_path: P
             model_logits(tmp_path / "new", AUTO)
 
 
+def test_nibbles_of_inputs_that_they_cannot_hold_are_refused(tmp_path: Path) -> None:
+    convert(tiny_llama(tmp_path, hidden_size=48), tmp_path / "new", "int8")
+    file = tmp_path / "new/model-00001.safetensors"
+    tensors, name = load_file(file), "feed_forward.gate.1"  # of 48 inputs: a group and a half
+    parts = {f"{name}.int4.q": torch.zeros(96, 24, dtype=torch.uint8)}
+    parts |= {f"{name}.int4.{part}": torch.zeros(96, 1) for part in ("scale", "zero")}
+    save_file({one: tensors[one] for one in tensors if not one.startswith(f"{name}.")} | parts, file)
+    with pytest.raises(ModelError, match=rf"{name}.plain.weight is missing"):
+        model_logits(tmp_path / "new", AUTO)
+
+
 def test_a_later_version_is_refused(mixtral: Path, tmp_path: Path) -> None:
     convert(mixtral, tmp_path / "new", "int8")
     set_config(tmp_path / "new", quantization_config={"quant_method": "tokenmill", "version": 2, "weights": "int8"})

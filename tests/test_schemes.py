@@ -112,6 +112,19 @@ def test_biases_of_a_model_without_any_are_ignored_where_they_are_zero(tmp_path:
         model_logits(folder, AUTO)
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq", "W4A16", "FP8", "DeepSeek's blocks"])
+def test_a_vector_is_never_taken_for_a_matrix(tmp_path: Path, name: str) -> None:
+    folder, _ = published(name, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for end in ("qweight", "weight_packed"):
+        write_weights(folder, tensors | {f"model.norm.{end}": torch.zeros(64, 8, dtype=torch.int32)})
+        with pytest.raises(ModelError, match=rf"model.norm.{end} and 0 others belong to no part"):
+            model_logits(folder, AUTO)
+    write_weights(folder, tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)})
+    with pytest.raises(ModelError, match=r"model.norm.weight is of type F8_E4M3"):
+        model_logits(folder, AUTO)
+
+
 def test_scales_of_activations_change_nothing(tmp_path: Path) -> None:
     folder, floats = published("fp8, a scale for all", tmp_path)
     tensors = load_file(folder / "model.safetensors")
@@ -162,10 +175,11 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("awq", "version", "gemv", "gemv.*version"),
     ("awq", "zero_point", False, "zero_point"),
     ("awq", "bits", 8, "bits"),
+    ("gptq", "rotation", "hadamard", "rotation"),
     ("awq", "rotation", "hadamard", "rotation"),
     ("DeepSeek's blocks", "weight_block_size", [64, 64], r"weight_block_size \[64, 64\]"),
     ("DeepSeek's blocks", "fmt", "e5m2", "e5m2.*fmt"),
-    ("DeepSeek's blocks", "scale_fmt", "ue8m0", "scale_fmt"),
+    ("DeepSeek's blocks", "scale_fmt", "fp4", "scale_fmt"),
     ("W4A16", "format", "marlin-24", "marlin-24.*format"),
     ("W4A16", "config_groups", {"g": {"weights": {"num_bits": 4, "type": "float"}}}, "floats of 4 bits"),
     ("W4A16", "config_groups", {"g": {"weights": {"num_bits": 3}}}, "num_bits"),

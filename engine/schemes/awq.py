@@ -58,24 +58,25 @@ class Awq:
     def source(self, wanted: Wanted, entries: Entries) -> Source | None:
         """Of what has a `qweight`."""
         module = wanted.module
-        if f"{module}.qweight" not in entries:
+        if not wanted.is_matrix or f"{module}.qweight" not in entries:
             return None
         num_out, num_in = wanted.shape
-        groups = 1 if self.group_size == -1 else num_in // self.group_size
+        group = num_in if self.group_size == -1 else self.group_size
+        groups, words = -(-num_in // group), -(-num_out // PER_WORD)
         tensors = {
-            "qweight": Stored(f"{module}.qweight", (num_in, num_out // PER_WORD), ("I32",)),
-            "qzeros": Stored(f"{module}.qzeros", (groups, num_out // PER_WORD), ("I32",)),
+            "qweight": Stored(f"{module}.qweight", (num_in, words), ("I32",)),
+            "qzeros": Stored(f"{module}.qzeros", (groups, words), ("I32",)),
             "scales": Stored(f"{module}.scales", (groups, num_out), FLOATS),
         }
-        return Source(tensors, _unpack)
+
+        def unpack(parts: Mapping[str, Tensor]) -> Kept:
+            levels, zero = (_in_order(parts[name])[:, :num_out].t() for name in ("qweight", "qzeros"))
+            return keep_levels(levels.contiguous(), zero, parts["scales"].t().contiguous(), BITS, group)
+
+        return Source(tensors, unpack)
 
 
-def _unpack(tensors: Mapping[str, Tensor]) -> Kept:
-    levels, zero = (_in_order(unpack_words(tensors[name], BITS, dim=1)).t() for name in ("qweight", "qzeros"))
-    return keep_levels(levels.contiguous(), zero, tensors["scales"].t().contiguous(), BITS)
-
-
-def _in_order(fields: Tensor) -> Tensor:
-    """(rows, out), each eight as they were before they were packed."""
-    words = fields.view(len(fields), -1, PER_WORD)
-    return words[..., torch.tensor(ORDER)].flatten(1)
+def _in_order(words: Tensor) -> Tensor:
+    """The integers (rows, out) of words (rows, out / 8), each eight as they were before they were packed."""
+    eights = unpack_words(words, BITS, dim=1).view(*words.shape, PER_WORD)
+    return eights[..., torch.tensor(ORDER)].flatten(1)

@@ -71,6 +71,7 @@ class CompressedConfig(Struct, forbid_unknown_fields=True, kw_only=True):
     format: _FORMATS
     quantization_status: Literal["compressed"] = "compressed"
     sparsity_config: dict[str, Any] | None = None
+    moe_sparsity_config: None = None
     transform_config: dict[str, Any] | None = None
     global_compression_ratio: Any = None
     ignore: Any = None
@@ -99,6 +100,8 @@ class Compressed:
 
     def source(self, wanted: Wanted, entries: Entries) -> Source | None:
         """By the tensors that are there."""
+        if not wanted.is_matrix:
+            return None
         if f"{wanted.module}.weight_packed" in entries:
             return _in_words(wanted, entries)
         entry = entries.get(wanted.name)
@@ -129,14 +132,14 @@ def _in_words(wanted: Wanted, entries: Entries) -> Source:
             zero = unpack_words(parts["zero"], bits, dim=0)[:num_out]
         else:
             zero = torch.full(scale.shape, 1 << bits - 1)
-        return keep_levels(levels, zero, scale, bits, parts.get("group_of"))
+        return keep_levels(levels, zero, scale, bits, num_in // groups, parts.get("group_of"))
 
     return Source(tensors, unpack)
 
 
 def _in_bytes(wanted: Wanted, entries: Entries) -> Source:
     name = f"{wanted.module}.weight_scale"
-    num_out, groups = wanted.shape[0], _num_groups(wanted, entries)
+    (num_out, num_in), groups = wanted.shape, _num_groups(wanted, entries)
     shape = one_of([(num_out, groups), (), (1,), (1, 1), (num_out,)], name, entries)
     tensors = {"q": Stored(wanted.name, wanted.shape, ("I8",)), "scale": Stored(name, shape, FLOATS)}
     if (zero := f"{wanted.module}.weight_zero_point") in entries:
@@ -145,7 +148,9 @@ def _in_bytes(wanted: Wanted, entries: Entries) -> Source:
     def unpack(parts: Mapping[str, Tensor]) -> Kept:
         scale = parts["scale"].reshape(-1, groups).expand(num_out, groups)
         zero = parts.get("zero", torch.zeros(shape)).reshape(-1, groups).expand(num_out, groups)
-        return keep_levels(parts["q"].view(torch.uint8) ^ INT8_MIDDLE, zero.int() + INT8_MIDDLE, scale, 8)
+        return keep_levels(
+            parts["q"].view(torch.uint8) ^ INT8_MIDDLE, zero.int() + INT8_MIDDLE, scale, 8, num_in // groups
+        )
 
     return Source(tensors, unpack)
 

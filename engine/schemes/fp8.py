@@ -29,7 +29,9 @@ class Fp8Config(Struct, forbid_unknown_fields=True, kw_only=True):
     quant_method: Literal["fp8"]
     fmt: Literal["e4m3", "float8_e4m3fn"] = "e4m3"
     weight_block_size: list[int] | None = None
+    scale_fmt: Literal["ue8m0"] | None = None  # scales are powers of two, of whichever dtype
     activation_scheme: Any = None
+    kv_cache_scheme: Any = None
     ignored_layers: Any = None
     modules_to_not_convert: Any = None
     dequantize: Any = None
@@ -48,13 +50,13 @@ class Fp8:
 
     scale_suffix: str
     in_blocks: bool
-    ignored: tuple[str, ...] = (".input_scale", ".activation_scale")
+    ignored: tuple[str, ...] = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
     ignored_zeros: tuple[str, ...] = ()
 
     def source(self, wanted: Wanted, entries: Entries) -> Source | None:
         """Of a tensor of e4m3."""
         entry = entries.get(wanted.name)
-        if entry is None or entry.dtype != E4M3:
+        if not wanted.is_matrix or entry is None or entry.dtype != E4M3:
             return None
         return fp8_source(wanted, entries, wanted.name + self.scale_suffix, in_blocks=self.in_blocks)
 

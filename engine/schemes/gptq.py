@@ -33,7 +33,11 @@ class GptqConfig(Struct, forbid_unknown_fields=True, kw_only=True):
     sym: bool = True
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = "gptq"
     pack_dtype: Literal["int32"] = "int32"
+    dynamic: None = None  # other bits for some layers
+    rotation: None = None
     lm_head: bool = False
+    act_group_aware: Any = None
+    adapter: None = None
     backend: Any = None
     batch_size: Any = None
     block_name_to_quantize: Any = None
@@ -78,21 +82,23 @@ class Gptq:
     def source(self, wanted: Wanted, entries: Entries) -> Source | None:
         """Of what has a `qweight`."""
         module = wanted.module
-        if f"{module}.qweight" not in entries:
+        if not wanted.is_matrix or f"{module}.qweight" not in entries:
             return None
         num_out, num_in = wanted.shape
         per_word = WORD_BITS // self.bits
-        groups = 1 if self.group_size == -1 else -(-num_in // self.group_size)
+        group = num_in if self.group_size == -1 else self.group_size
+        groups = -(-num_in // group)
         tensors = {
-            "qweight": Stored(f"{module}.qweight", (num_in // per_word, num_out), ("I32",)),
-            "qzeros": Stored(f"{module}.qzeros", (groups, num_out // per_word), ("I32",)),
+            "qweight": Stored(f"{module}.qweight", (-(-num_in // per_word), num_out), ("I32",)),
+            "qzeros": Stored(f"{module}.qzeros", (groups, -(-num_out // per_word)), ("I32",)),
             "scales": Stored(f"{module}.scales", (groups, num_out), FLOATS),
         }
         if f"{module}.g_idx" in entries:
             tensors["g_idx"] = Stored(f"{module}.g_idx", (num_in,), ("I32",))
-        return Source(tensors, self._unpack)
 
-    def _unpack(self, tensors: Mapping[str, Tensor]) -> Kept:
-        levels = unpack_words(tensors["qweight"], self.bits, dim=0).t().contiguous()
-        zero = unpack_words(tensors["qzeros"], self.bits, dim=1).t().int() + self.zero_offset
-        return keep_levels(levels, zero, tensors["scales"].t().contiguous(), self.bits, tensors.get("g_idx"))
+        def unpack(parts: Mapping[str, Tensor]) -> Kept:
+            levels = unpack_words(parts["qweight"], self.bits, dim=0)[:num_in].t().contiguous()
+            zero = unpack_words(parts["qzeros"], self.bits, dim=1)[:, :num_out].t().int() + self.zero_offset
+            return keep_levels(levels, zero, parts["scales"].t().contiguous(), self.bits, group, parts.get("g_idx"))
+
+        return Source(tensors, unpack)

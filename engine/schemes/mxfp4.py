@@ -40,7 +40,7 @@ class Mxfp4:
     def source(self, wanted: Wanted, entries: Entries) -> Source | None:
         """Of experts' matrices in blocks."""
         packed = wanted.packed
-        if packed is None or f"{wanted.name}_blocks" not in entries:
+        if packed is None or not wanted.is_matrix or f"{wanted.name}_blocks" not in entries:
             return None
         num_out, num_in = wanted.shape
         shape = (wanted.num_experts, num_out * packed.step, num_in // MXFP4_GROUP)

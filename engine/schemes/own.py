@@ -49,12 +49,14 @@ class Own:
     def source(self, wanted: Wanted, entries: Entries) -> Source:
         """By the parts that are there."""
         name = _name(wanted.parameter)
-        layout = next((one for one in DEQUANTIZE if f"{name}.{one}.{_FIRST.get(one, 'weight')}" in entries), "plain")
+        possible = [one for one in DEQUANTIZE if wanted.is_matrix and wanted.shape[1] % _MULTIPLES.get(one, 1) == 0]
+        layout = next((one for one in possible if f"{name}.{one}.{_FIRST.get(one, 'weight')}" in entries), "plain")
         tensors = {stored.name: stored for stored in _parts(layout, wanted.shape, f"{name}.{layout}", entries)}
         by_part = {stored.rpartition(".")[2]: tensor for stored, tensor in tensors.items()}
         return Source(by_part, lambda parts: Kept(layout, parts))
 
 
+_MULTIPLES = {"int4": INT4_GROUP, "mxfp4": MXFP4_GROUP}  # of inputs, that a layout needs
 _FIRST = {"int8": "q", "int4": "q", "fp8": "q", "mxfp4": "q"}
 
 
@@ -93,4 +95,4 @@ def _num_groups(scale: str, entries: Entries, num_in: int) -> int:
     entry = entries.get(scale)
     columns = entry.shape[1] if entry is not None and len(entry.shape) == 2 else 0
     most = num_in // INT4_GROUP
-    return columns if columns and most % columns == 0 and num_in % INT4_GROUP == 0 else most
+    return columns if columns and most % columns == 0 else most

@@ -45,6 +45,11 @@ class Wanted:
         """The name of the layer whose `.weight` it is."""
         return self.name.removesuffix(".weight")
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it could be quantized: vectors are not."""
+        return len(self.shape) == 2
+
 
 @dataclass(frozen=True)
 class Stored:
