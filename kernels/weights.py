@@ -27,7 +27,7 @@ from torch import Tensor
 
 Parts = Mapping[str, Tensor]
 
-# The smallest group of int4, which every backend reads: larger ones are repeated to it (`int4_by_32`).
+# The smallest group of int4, which every backend reads: larger ones are repeated to it (`int4_by`).
 INT4_GROUP = 32
 INT4_MIDDLE = 8  # nibbles 0..15 stand for -8..7, and `zero` is the value of the middle one
 FP8_GROUP = 128  # DeepSeek-V3's (arXiv 2412.19437, 3.3) and Qwen3's blocks are 128 x 128
@@ -79,9 +79,14 @@ DEQUANTIZE: Mapping[str, Callable[[Parts], Tensor]] = {
 """By layout."""
 
 
-def int4_by_32(parts: Parts) -> Parts:
-    """The same int4 weight in groups of 32, scales and zeros in bf16."""
-    repeats = 2 * parts["q"].shape[1] // INT4_GROUP // parts["scale"].shape[1]
+def int4_group(parts: Parts) -> int:
+    """How many neighbours along `in` share a scale."""
+    return 2 * parts["q"].shape[1] // parts["scale"].shape[1]
+
+
+def int4_by(parts: Parts, group: int) -> Parts:
+    """The same int4 weight in groups of `group`, of which its own are multiples, scales and zeros in bf16."""
+    repeats = int4_group(parts) // group
     groups = {name: parts[name].bfloat16().repeat_interleave(repeats, dim=1) for name in ("scale", "zero")}
     return {"q": parts["q"], **groups}
 

@@ -5,7 +5,7 @@ import torch
 
 from engine.quant import FORMATS
 from engine.quant.kept import Kept, keep, stack_rows
-from kernels.weights import dequantize_int4, int4_by_32, pack_nibbles, unpack_nibbles
+from kernels.weights import dequantize_int4, int4_by, pack_nibbles, unpack_nibbles
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_int4_takes_whole_groups_alone_and_says_what_to_do() -> None:
 def test_larger_groups_of_int4_repeat_to_groups_of_32() -> None:
     parts = FORMATS["int4-g128"].quantize(torch.randn(5, 384))
     assert parts["scale"].shape == (5, 3)
-    assert torch.equal(dequantize_int4(int4_by_32(parts)), dequantize_int4(parts))
+    assert torch.equal(dequantize_int4(int4_by(parts, 32)), dequantize_int4(parts))
 
 
 @pytest.mark.parametrize(("num_in", "groups"), [(256, 2), (192, 3), (96, 3)])

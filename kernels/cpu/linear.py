@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from kernels import reference
 from kernels.ops import WeightKernel
-from kernels.weights import INT4_GROUP, Parts, dequantize_int4, int4_by_32, unpack_nibbles
+from kernels.weights import INT4_GROUP, Parts, dequantize_int4, int4_by, unpack_nibbles
 
 # oneDNN packs for an expected number of rows; 16 packs well for 1 to 256 (within 5 % of packing for the exact number).
 ROWS_EXPECTED = 16
@@ -116,7 +116,7 @@ class _Int4:
 
 
 def _prepare_int4(parts: Parts) -> _Int4:
-    parts = int4_by_32(parts)
+    parts = int4_by(parts, INT4_GROUP)
     scale_and_zero = torch.stack([parts["scale"], parts["zero"]], dim=-1).transpose(0, 1).contiguous()
     if len(parts["q"]) % 16:  # torch's kernel takes no other number of output features
         return _Int4(None, scale_and_zero, parts)

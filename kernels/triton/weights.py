@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.weights import INT4_GROUP, int4_by_32, unpack_nibbles
+from kernels.weights import INT4_GROUP, int4_by, unpack_nibbles
 
 INT4_DEPTHS = (128, 64, 32)  # the largest that divides `in`: 128 gives a thread 16 bytes of a row at once
 
@@ -61,7 +61,7 @@ def prepare_int8(parts: Mapping[str, Tensor]) -> Matrices:
 
 def prepare_int4(parts: Mapping[str, Tensor]) -> Matrices:
     """From the parts of `int4`, in another order, by groups of 32."""
-    parts = int4_by_32(parts)
+    parts = int4_by(parts, INT4_GROUP)
     levels = unpack_nibbles(parts["q"]).int()  # (out, in)
     num_out, num_in = levels.shape
     depth = next(depth for depth in INT4_DEPTHS if num_in % depth == 0)

@@ -10,10 +10,12 @@ namespace tokenmill {
 
 // Weights stand in blocks of 64 output features, each of them one sequential stream: see `packing.py`.
 constexpr int64_t kBlock = 64;
-constexpr int64_t kInt4Group = 32;  // inputs that share a scale and a zero
-constexpr int64_t kGroup = 64;      // inputs that share a scale as activations in int8: two groups of int4 weights
+constexpr int64_t kGroup = 64;      // inputs that share a scale as activations in int8: one group of int4 weights or two
 
-enum class Format : int64_t { bf16, int8, int4, fp32 };
+enum class Format : int64_t { bf16, int8, int4, fp32, int4_by_64 };
+
+// Of int4: inputs that share a scale and a zero.
+static inline constexpr int64_t int4_group(Format format) { return format == Format::int4_by_64 ? 64 : 32; }
 
 struct Matrix {
   Format format;
@@ -30,6 +32,7 @@ struct Rows {
   const uint8_t* operator[](int64_t row) const { return data + row * bytes; }
 };
 
+static inline bool is_quantized(Format format) { return format != Format::fp32 && format != Format::bf16; }
 static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t num_groups(int64_t in) { return padded(in, kGroup) / kGroup; }
 static inline int64_t values_bytes(Format format, int64_t in) {
@@ -44,13 +47,13 @@ static inline int64_t block_bytes(Format format, int64_t in) {
     case Format::fp32: return in * 4 * kBlock;
     case Format::bf16: return padded(in, 2) * 2 * kBlock;
     case Format::int8: return (4 + padded(in, 4)) * kBlock;
-    case Format::int4: return in / kInt4Group * (4 + kInt4Group / 2) * kBlock;
+    case Format::int4:
+    case Format::int4_by_64: return in / int4_group(format) * (4 + int4_group(format) / 2) * kBlock;
   }
   return 0;
 }
 static inline int64_t row_bytes(Format format, int64_t in) {
-  const bool has_groups = format == Format::int8 || format == Format::int4;
-  return padded(values_bytes(format, in) + (has_groups ? 12 * num_groups(in) : 0), 64);
+  return padded(values_bytes(format, in) + (is_quantized(format) ? 12 * num_groups(in) : 0), 64);
 }
 
 // Where the products of a block go: y[row][column .. column + columns) = product, or += weight[i] * product.

@@ -119,10 +119,11 @@ struct Int8 {
 
 // ---------------------------------------------------------------------------------------------------------------- int4
 //
-// A block: for each group of 32 inputs 64 scales and 64 zeros in bf16, then for each eight inputs 64 features x 4
+// A block: for each group of 32 or 64 inputs 64 scales and 64 zeros in bf16, then for each eight inputs 64 features x 4
 // bytes, the first four inputs in the low nibbles. y = the sum over the groups of
 // scale_x (scale_w (sum q x - 8 sum x) + zero sum x).
 
+template <int64_t kScaled>
 struct Int4 {
   template <int M>
   static constexpr int kVectors = vectors<M>(2);
@@ -130,19 +131,22 @@ struct Int4 {
   template <int M, int V>
   static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
                               float* out) {
-    constexpr int64_t kGroupBytes = 4 * kBlock + kInt4Group / 2 * kBlock;
+    constexpr int64_t kGroupBytes = 4 * kBlock + kScaled / 2 * kBlock;
+    constexpr int64_t kHalves = kScaled / 32;  // of a group of activations, each with its sum
     const Groups<M> groups(rows, in);
     Columns<Floats, M, V> totals;
     unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
-    for (int64_t g = 0; g < in / kInt4Group; g++, block += kGroupBytes) {
+    for (int64_t g = 0; g < in / kScaled; g++, block += kGroupBytes) {
       Columns<Words, M, V> sums;
+      int32_t xs[M];
       unroll<M>(FOR(m) {
-        const Words bias = broadcast(-8 * groups.sums[m][g]);
+        xs[m] = groups.sums[m][kHalves * g] + (kHalves == 2 ? groups.sums[m][kHalves * g + 1] : 0);
+        const Words bias = broadcast(-8 * xs[m]);
         unroll<V>(FOR(v) { sums.template at<v>()[m] = bias; });
       });
-      unroll<kInt4Group / 8>(FOR(eight) {
+      unroll<kScaled / 8>(FOR(eight) {
         const uint8_t* w = block + 4 * kBlock + 4 * kBlock * eight + 64 * first;
-        const int64_t k = g * kInt4Group + 8 * eight;
+        const int64_t k = g * kScaled + 8 * eight;
         Words bytes[V];
         unroll<V>(FOR(v) { bytes[v] = load_words(w + 64 * v), prefetch(w + 64 * v); });
         unroll<M>(FOR(m) {
@@ -158,9 +162,9 @@ struct Int4 {
       unroll<V>(FOR(v) {
         const Floats scale = load(scales + 16 * v), zero = load(scales + kBlock + 16 * v);
         unroll<M>(FOR(m) {
-          const Floats sum = broadcast(float(groups.sums[m][g])), product = to_floats(sums.template at<v>()[m]);
+          const Floats sum = broadcast(float(xs[m])), product = to_floats(sums.template at<v>()[m]);
           Floats& total = totals.template at<v>()[m];
-          total = fma(broadcast(groups.scales[m][g / 2]), fma(scale, product, zero * sum), total);
+          total = fma(broadcast(groups.scales[m][g * kScaled / kGroup]), fma(scale, product, zero * sum), total);
         });
       });
     }
@@ -274,7 +278,8 @@ inline void multiply(const Matrix& matrix, int64_t block, const Rows& rows, cons
     case Format::fp32: return multiply_as<Fp32>(matrix, block, rows, chosen, num_rows, product, columns);
     case Format::bf16: return multiply_as<Bf16>(matrix, block, rows, chosen, num_rows, product, columns);
     case Format::int8: return multiply_as<Int8>(matrix, block, rows, chosen, num_rows, product, columns);
-    case Format::int4: return multiply_as<Int4>(matrix, block, rows, chosen, num_rows, product, columns);
+    case Format::int4_by_64: return multiply_as<Int4<64>>(matrix, block, rows, chosen, num_rows, product, columns);
+    case Format::int4: return multiply_as<Int4<32>>(matrix, block, rows, chosen, num_rows, product, columns);
   }
 }
 
@@ -310,7 +315,7 @@ inline void narrow_row(const float* x, int64_t size, bf16* y) {
 }
 
 inline void prepare_row(Format format, const float* x, int64_t in, uint8_t* row) {
-  if (format == Format::int8 || format == Format::int4) return quantize_row(x, in, row);
+  if (is_quantized(format)) return quantize_row(x, in, row);
   const int64_t size = (format == Format::fp32 ? 4 : 2) * in;
   format == Format::fp32 ? void(std::memcpy(row, x, size)) : narrow_row(x, in, (bf16*)row);
   std::memset(row + size, 0, values_bytes(format, in) - size);

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.weights import INT4_GROUP, Parts, int4_by_32, unpack_nibbles
+from kernels.weights import INT4_GROUP, Parts, int4_by, int4_group, unpack_nibbles
 
 BLOCK = 64
+WIDE_GROUP = 64  # as activations have: half the scales to read, and half as often
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,16 @@ def pack_int8(parts: Parts) -> Packed:
 
 
 def pack_int4(parts: Parts) -> Packed:
-    """Group by group: scales, zeros, then eight inputs a lane, the first four in the low nibbles."""
-    parts = int4_by_32(parts)
+    """By groups of 64 or 32: scales, zeros, then eight inputs a lane, the first four in the low nibbles."""
+    name = "int4" if int4_group(parts) % WIDE_GROUP else "int4_by_64"
+    group = INT4_GROUP if name == "int4" else WIDE_GROUP
+    parts = int4_by(parts, group)
     levels = _in_blocks(unpack_nibbles(parts["q"]), 8)  # (blocks, in / 8, 64, 8)
     nibbles = levels[..., :4] | (levels[..., 4:] << 4)  # (blocks, in / 8, 64, 4)
-    nibbles = nibbles.view(len(nibbles), -1, INT4_GROUP // 8, BLOCK, 4)  # (blocks, groups, 4, 64, 4)
+    nibbles = nibbles.view(len(nibbles), -1, group // 8, BLOCK, 4)  # (blocks, groups, group / 8, 64, 4)
     heads = [_in_blocks(parts[name], 1) for name in ("scale", "zero")]  # (blocks, groups, 64, 1) each
     streams = [stream.flatten(2).contiguous().view(torch.uint8) for stream in (*heads, nibbles)]
-    return Packed(torch.cat(streams, dim=2).flatten(1), FORMATS["int4"], len(parts["q"]))
+    return Packed(torch.cat(streams, dim=2).flatten(1), FORMATS[name], len(parts["q"]))
 
 
 def _in_blocks(matrix: Tensor, inputs: int, padding: int = 0) -> Tensor:
@@ -92,7 +95,7 @@ def _bytes(blocks: Tensor) -> Tensor:
     return blocks.flatten(1).contiguous().view(torch.uint8)
 
 
-FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2, "fp32": 3}
+FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2, "fp32": 3, "int4_by_64": 4}
 PACK: Mapping[str, Callable[[Parts], Packed]] = {
     "fp32": pack_fp32,
     "bf16": pack_bf16,
