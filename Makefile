@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_DEFAULT_FP_FUSION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-kernels lint parity quality bench gpu chaos chaos-long simulate compose-test constraints clean
+.PHONY: help install demo test test-kernels lint parity quality bench bench-cpu bench-engine gpu chaos chaos-long simulate compose-test constraints clean
 
 help: ## List what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,12 @@ quality: $(STAMP) ## Measure what each format of weights and cache costs the dem
 
 bench: $(STAMP) ## Measure the worker's overhead: the engine alone against the whole service
 	@$(BIN)/python -m benchmarks.service
+
+bench-cpu: $(STAMP) ## Run our engine and its peers (vLLM, llama.cpp, transformers) in turn on this CPU; half an hour and 9 GB
+	@$(BIN)/python -m benchmarks.cpu $(ARGUMENTS)
+
+bench-engine: $(STAMP) ## Measure the engine alone on this CPU: growth, overhead, prefixes, first tokens, the cost of a completion
+	@$(BIN)/python -m benchmarks.engine
 
 gpu: ## On a machine with a GPU, torch and Triton: check and time the kernels; FOLDER=... for the results
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(or $(FOLDER),build/gpu)
