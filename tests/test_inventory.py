@@ -63,10 +63,12 @@ def test_weights_take_in_memory_what_is_told(mixtral: Path, tmp_path: Path, weig
     folder = (
         tiny_mixtral(tmp_path, 1, hidden_size=256, intermediate_size=512, tie_word_embeddings=True) if tied else mixtral
     )
+    if pick("cpu").name != "cpu":
+        pytest.skip("no C++ kernels here: torch's keep int4 twice, and others where nobody can look")
     model = load(folder, pick("cpu"), weights=weights, dtype=torch.float32)
-    plain = [tensor for tensor in tensors_of(model) if not tensor.is_mkldnn]  # the routers, small, are packed by oneDNN
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in plain}
-    assert inventory(folder, weights).loaded_bytes == pytest.approx(sum(storages.values()), rel=0.02)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_of(model)}
+    padding = 2 * (64 - 4) * 256 * 4  # of the routers in two layers: the kernels take blocks of 64 outputs
+    assert inventory(folder, weights).loaded_bytes == pytest.approx(sum(storages.values()) - padding, rel=0.02)
 
 
 def tensors_of(value: Any, seen: set[int] | None = None) -> list[Tensor]:
