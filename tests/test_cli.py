@@ -180,6 +180,17 @@ class TestWorkerNames:
             with own_name("") as mine:
                 assert mine == taken
 
+    def test_a_worker_that_has_left_says_all_and_does_not_wait_for_pythons_own_end(self):
+        program = (
+            "import atexit, time\nfrom worker.drain import end_process\n"
+            "atexit.register(time.sleep, 60)\nprint('left', end='')\nend_process(3)"
+        )
+        command = [sys.executable, "-c", program]
+        run = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=30, check=False
+        )
+        assert (run.stdout, run.returncode) == ("left", 3)
+
     def test_a_name_that_was_given_is_kept(self):
         with own_name("ann") as name:
             assert name == "ann"

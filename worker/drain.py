@@ -7,12 +7,27 @@ owner's.
 """
 
 import asyncio
+import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 IMPATIENT_EXIT_CODE = 130  # what a shell reports for a process ended by SIGINT
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """The process is gone, without Python's own end.
+
+    All is committed and closed by now. What is left would be to take apart torch's thousands of objects: 0.8 s of a
+    processor, and several seconds on a busy machine, of those that a spot machine has left.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 class Drain:

@@ -30,7 +30,7 @@ POLL_S = 0.05  # how long a poll waits for records: also how soon freed room is 
 READING_INTERVAL_S = 5.0  # an idle worker's meter is published that often: what a kill leaves unaccounted at most
 SILENCE_S_MAX = 120.0  # the engine reports every second when idle; a step of two minutes is a hang
 LEAVING_LOOK_S = 0.02  # how often a drain looks whether it is done
-LAST_STEP_S_MAX = 2.0  # a step takes a second at the most; one that hangs has nothing to hand over
+LAST_STEP_S_MAX = 10.0  # a step takes a second, on slow processors a few; one that hangs has nothing to hand over
 REBALANCE_S_MAX = 1.0  # a rebalance takes as long as its slowest member's poll: of ours a tenth of a second
 
 

@@ -17,6 +17,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from worker.config import Settings, model_folder
+from worker.drain import end_process
 from worker.errors import Misconfigured
 
 SLOTS_MAX = 1024  # workers on one host
@@ -25,8 +26,8 @@ app = App(name="worker")
 
 
 @app.default
-async def worker(*, settings: Annotated[Settings, Parameter(name="*")] = Settings()) -> int:
-    """Answer requests until told to stop. SIGTERM finishes what runs, within drain_s; a second one ends it at once.
+async def worker(*, settings: Annotated[Settings, Parameter(name="*")] = Settings()) -> None:
+    """Answer requests until told to stop. SIGTERM finishes what runs within drain_s and hands over the rest.
 
     Beside the brokers' address it needs the name of a model:
 
@@ -38,7 +39,7 @@ async def worker(*, settings: Annotated[Settings, Parameter(name="*")] = Setting
     with own_name(settings.worker) as name:
         from worker.start import run
 
-        return await run(replace(settings, worker=name))
+        end_process(await run(replace(settings, worker=name)))
 
 
 @contextmanager
