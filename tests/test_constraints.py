@@ -46,7 +46,7 @@ class Beads:
         if len(self.read) == self.dead_end:
             raise ConstraintFailed("a dead end")
         assert not self.is_complete, "nothing can follow"
-        return bytes([sum(1 << token for token in self.follow)])
+        return bytes([sum(1 << token for token in self.follow), 0])  # of models of up to 16 tokens
 
     def advance(self, token: int) -> bool:
         assert token in self.follow, f"{token} after {self.read}"

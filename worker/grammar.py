@@ -47,16 +47,24 @@ LIMITS = LLParserLimits(
 # The schema's own `x-guidance` must not change what a keyword means.
 JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{1,24}", "lenient": False, "coerce_one_of": False}
 
+# Those that people meet, of the library's own texts.
+_REGEX_ERRORS = (
+    "unclosed group|unopened group|unclosed character class|unrecognized escape sequence"
+    "|repetition operator missing expression|backreferences are not supported"
+    "|look-around, including look-ahead and look-behind, is not supported"
+)
+
 # What the library says, and what may be said of it: its words quote the schema, and errors are published and logged.
 _REASONS = (
-    (r"Unimplemented keys: (\[(?:\"[A-Za-z$]{1,32}\"(?:, )?)+\])", "these keywords are not supported: {}"),
+    (r"^Unimplemented keys: (\[(?:\"[A-Za-z$]{1,32}\"(?:, )?)+\])", "these keywords are not supported: {}"),
     (r"Invalid type|Unknown format", "a type or format is unknown"),
     (r"Unsatisfiable schema|NoExtension", "nothing can satisfy it"),
     (r"oneOf", "alternatives of oneOf that may hold together are not supported"),
     (r"recursion limit", "it is nested too deeply"),
     (r"Resource|[Pp]ointer|\$ref", "a $ref leads to nothing within it"),
     (r"too many|limit|too large|too big|[Ff]uel|exceed", "it is too complex"),
-    (r"error: ([a-z ,-]+)", "a regular expression is not supported: {}"),
+    (rf"(?m)^error: ({_REGEX_ERRORS})$", "a regular expression is not supported: {}"),
+    (r"invalid regex|regex parse error", "a regular expression is not supported"),
 )
 
 
