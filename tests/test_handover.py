@@ -94,6 +94,27 @@ async def test_an_answer_that_was_handed_over_is_that_of_a_worker_that_stayed(to
 
 
 @virtually
+async def test_a_grammar_is_made_again_where_the_request_goes_on(tokenizer):
+    stage = Stage(tokenizer)
+    leaving = stage.hire("leaving")
+    stage.ask(response_format={"type": "json_object"}, max_tokens=64)
+    begun = await leaving.request()
+    assert begun.constraint
+    leaving.engine.says(begun, '{"hello": "world", "how are you": "')
+    await asyncio.sleep(SOON_S)
+    await leave(leaving)
+    heir = stage.hire("heir")
+    going = await heir.request()
+    assert going.constraint
+    assert going.constraint is not begun.constraint
+    assert tokenizer.decode(going.progress[0].tokens) == '{"hello": "world", "how are you": "'
+    heir.engine.answers(going, '"}')
+    (answer,) = await stage.answers()
+    assert text_of(answer) == '{"hello": "world", "how are you": ""}'
+    assert stage.violations() == []
+
+
+@virtually
 async def test_the_next_engine_is_asked_to_go_on_and_never_for_a_token_that_was_there(tokenizer):
     stage = Stage(tokenizer)
     leaving = stage.hire("leaving")
