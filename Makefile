@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_DEFAULT_FP_FUSION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-kernels lint parity quality bench bench-cpu bench-engine gpu chaos chaos-long simulate compose-test constraints clean
+.PHONY: help install demo test test-kernels lint parity quality bench bench-cpu bench-engine speculation gpu chaos chaos-long simulate compose-test constraints clean
 
 help: ## List what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ bench-cpu: $(STAMP) ## Run our engine and its peers (vLLM, llama.cpp, transforme
 
 bench-engine: $(STAMP) ## Measure the engine alone on this CPU: growth, overhead, prefixes, first tokens, the cost of a completion
 	@$(BIN)/python -m benchmarks.engine
+
+speculation: $(STAMP) ## Measure what drafts cost and bring on real text, with the demo model; two minutes
+	@$(BIN)/python -m benchmarks.speculation
 
 gpu: ## On a machine with a GPU, torch and Triton: check and time the kernels; FOLDER=... for the results
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(or $(FOLDER),build/gpu)
