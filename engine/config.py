@@ -35,14 +35,12 @@ class EngineConfig:
     tokens_per_step_max: int = 512  # a prompt's chunk: the longest that a running sequence waits for its next token
     sequences_max: int = 32  # running at once
     drafts_max: int = 0  # proposed for a sequence in one step
-    # Of one more token in a step, as a share of a step with one. On two Zen 4 cores a matrix product takes for each row
-    # more 0.1 of one row's time with int8 weights, 0.2 to 0.5 with fp32; experts that nobody else chose come on top.
-    draft_cost: float = 0.3
+    draft_cost: float | None = None  # of one more token for every sequence, as a share of a step; None: as measured
     ageing: int = 64  # later requests that may go before one whose priority number is higher by 1
 
     def __post_init__(self) -> None:
         for name, low in _LOWEST.items():
-            if getattr(self, name) < low:
+            if (number := getattr(self, name)) is not None and number < low:
                 raise EngineMisconfigured(f"{name} is {getattr(self, name)}; it must be {low} or more")
         if not 0 < self.cache_memory_share < 1:
             raise EngineMisconfigured(f"cache_memory_share is {self.cache_memory_share}; it must be between 0 and 1")

@@ -25,6 +25,7 @@ class Core:
         accepted = self._runner.execute(plan)
         committed = self._scheduler.commit(plan, accepted)
         idle_ns, charges = self.meter.settle(committed.spent)
+        self._scheduler.learn(plan, sum(charge.device_ns for charge in charges))
         return StepResult(idle_ns=idle_ns, tokens=committed.tokens, finished=committed.finished, charges=charges)
 
     def submit(self, request: Request) -> None:

@@ -22,7 +22,7 @@ from engine.config import EngineConfig
 from engine.errors import RequestRefused
 from engine.metering import Spent, work_of
 from engine.sequence import Accepted, Sequence, Share
-from engine.speculative import Drafting
+from engine.speculative import DraftCost, Drafting
 from engine.types import EngineStats, Finished, FinishReason, Request, Token
 
 _by_rank = attrgetter("rank")
@@ -61,6 +61,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # by rank; they hold blocks
         self._waiting: list[Sequence] = []  # by rank; they hold none
         self._num_submitted = 0
+        self._draft_cost = DraftCost(config.draft_cost)
         self._committed = Committed()  # gathers until the step's end
         self._totals: Counter[str] = Counter()  # by the names of EngineStats
 
@@ -91,7 +92,7 @@ class Scheduler:
                 choice=choice,
                 rank=(turn, request.priority, choice),
                 length_max=min(len(request.prompt) + request.sampling.tokens_max, self._context_max),
-                drafting=Drafting(self._config.drafts_max, self._config.draft_cost),
+                drafting=Drafting(self._config.drafts_max),
                 leader=leader,
             )
             leader = leader or sequence
@@ -133,6 +134,11 @@ class Scheduler:
         committed, self._committed = self._committed, Committed()
         return committed
 
+    def learn(self, plan: Plan, step_ns: int) -> None:
+        """The plan took so long. What drafts cost shows in those that drafts may be a part of: without prompts."""
+        if plan.shares and all(share.num_rows == len(share.tokens) for share in plan.shares):
+            self._draft_cost.learn(sum(len(share.tokens) for share in plan.shares), step_ns)
+
     def stats(self) -> EngineStats:
         """Counts since the start, and how full the engine is now."""
         return EngineStats(
@@ -145,7 +151,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A running sequence holds blocks for what it should compute, if need be those of the lowest-ranked one."""
-        sequence.draft()
+        sequence.draft(self._draft_cost.share(len(self._running)))
         if sequence.drafts and not self._blocks.extend(sequence, len(sequence.tokens) + len(sequence.drafts)):
             sequence.drafts = []  # nobody gives way to a trial
         while not self._blocks.extend(sequence, len(sequence.tokens)):

@@ -83,11 +83,11 @@ class Sequence:
         self.num_recomputed = progress.usage.num_recomputed
         self.num_preemptions = progress.usage.num_preemptions
 
-    def draft(self) -> None:
-        """Once all but the newest token is computed, propose what may follow it."""
+    def draft(self, cost: float) -> None:
+        """Once all but the newest token is computed, propose what may follow it, if drafts that cost so much pay."""
         if self.num_pending == 1:
             # A step accepts one token more than drafts, and none may pass length_max.
-            self.drafts = self.drafting.propose(self.tokens, self.length_max - len(self.tokens) - 1)
+            self.drafts = self.drafting.propose(self.tokens, self.length_max - len(self.tokens) - 1, cost)
             if self.steering:
                 self.drafts = self.steering.allowed(self.tokens, self.drafts)
 

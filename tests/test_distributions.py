@@ -90,7 +90,7 @@ def drawn(ops: Ops, logits: torch.Tensor, sampling: Sampling, num_choices: int =
     for number in range(NUM_DRAWS):
         asked = Request(id=0, prompt=PROMPT, sampling=_with_seed(sampling, number // num_choices))
         sequence = Sequence(
-            request=asked, choice=number % num_choices, rank=(0, 0, 0), length_max=99, drafting=Drafting(0, 0)
+            request=asked, choice=number % num_choices, rank=(0, 0, 0), length_max=99, drafting=Drafting(0)
         )
         sequence.tokens += OUTPUT
         sequence.reach(len(sequence.tokens) - 1)
@@ -146,7 +146,7 @@ def test_drafts_leave_the_distribution_of_whole_outputs_as_it_was(monkeypatch, d
     dice = np.random.default_rng(3)
     chance_right = {"mostly right": 0.9, "often wrong": 0.4, "always wrong": 0.0}[drafts]
 
-    def propose(_self: Drafting, tokens: list[int], num_max: int) -> list[int]:
+    def propose(_self: Drafting, tokens: list[int], num_max: int, _cost: float) -> list[int]:
         proposed: list[int] = []
         for _ in range(min(num_max, 3)):
             likeliest = int(script.logits_after([*tokens, *proposed]).argmax())

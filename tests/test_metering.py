@@ -65,7 +65,7 @@ def share_of(prompt: list[int], output: list[int], drafts: list[int], num_comput
         choice=1,
         rank=(0, 0, 0),
         length_max=1000,
-        drafting=Drafting(0, 0.0),
+        drafting=Drafting(0),
     )
     sequence.tokens += output
     sequence.drafts = drafts

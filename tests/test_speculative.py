@@ -3,81 +3,110 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.sampler import uniform
 from engine.sequence import Sequence
-from engine.speculative import Drafting, verify
+from engine.speculative import COST_AT_START, DraftCost, Drafting, verify
 from engine.types import Request, Sampling
 from tests.scripted_model import Script, scripted_engine
 
 
-def drafting(drafts_max: int = 4, draft_cost: float = 0.0) -> Drafting:
-    return Drafting(drafts_max, draft_cost)
+def learned(fixed_ns: int, token_ns: int, nums_tokens: list[int]) -> DraftCost:
+    cost = DraftCost(None)
+    for num_tokens in nums_tokens:
+        cost.learn(num_tokens, fixed_ns + token_ns * num_tokens)
+    return cost
+
+
+def test_a_draft_costs_what_steps_of_several_sizes_have_shown():
+    cost = learned(9_000_000, 1_000_000, [1, 3, 1, 5, 2] * 20)
+    assert cost.share(1) == pytest.approx(1 / 10)
+    assert cost.share(9) == pytest.approx(9 / 18), "nine sequences with a draft each are nine tokens more"
+
+
+def test_steps_of_one_size_say_nothing_of_drafts():
+    assert learned(9_000_000, 1_000_000, [4] * 50).share(4) == COST_AT_START
+    assert DraftCost(None).share(4) == COST_AT_START
+
+
+def test_the_cost_follows_a_machine_that_changes():
+    cost = learned(9_000_000, 100_000, [1, 5] * 50)
+    for num_tokens in [1, 5] * 200:
+        cost.learn(num_tokens, 5_000_000 * num_tokens)
+    assert cost.share(1) == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_fixed_cost_is_not_measured():
+    cost = DraftCost(0.25)
+    cost.learn(1, 1)
+    cost.learn(9, 1_000_000)
+    assert cost.share(3) == 0.25
 
 
 def test_what_followed_the_last_tokens_is_proposed():
-    assert drafting().propose([1, 2, 3, 4, 5, 6, 9, 2, 3], 4) == [4, 5, 6, 9]
+    assert Drafting(4).propose([1, 2, 3, 4, 5, 6, 9, 2, 3], 4, 0.0) == [4, 5, 6, 9]
 
 
 def test_the_latest_sequel_wins():
-    assert drafting().propose([1, 2, 7, 7, 1, 2, 8, 8, 1, 2], 2) == [8, 8]
+    assert Drafting(4).propose([1, 2, 7, 7, 1, 2, 8, 8, 1, 2], 2, 0.0) == [8, 8]
 
 
 def test_a_longer_match_goes_before_a_later_one():
-    assert drafting().propose([5, 1, 2, 7, 9, 1, 2, 8, 5, 1, 2], 1) == [7]
+    assert Drafting(4).propose([5, 1, 2, 7, 9, 1, 2, 8, 5, 1, 2], 1, 0.0) == [7]
 
 
 def test_a_sequel_that_reaches_the_end_goes_on_as_a_loop():
-    assert drafting().propose([9, 1, 2, 1, 2], 4) == [1, 2, 1, 2]
+    assert Drafting(4).propose([9, 1, 2, 1, 2], 4, 0.0) == [1, 2, 1, 2]
 
 
 def test_nothing_is_proposed_where_nothing_repeats():
-    assert drafting().propose([1, 2, 3, 4, 5], 4) == []
-    assert drafting().propose([1], 4) == []
+    assert Drafting(4).propose([1, 2, 3, 4, 5], 4, 0.0) == []
+    assert Drafting(4).propose([1], 4, 0.0) == []
 
 
 def test_never_more_than_there_is_room_for():
-    assert drafting().propose([1, 2, 1, 2], 1) == [1]
-    assert drafting().propose([1, 2, 1, 2], 0) == []
-    assert drafting().propose([1, 2, 1, 2], -1) == []
+    assert Drafting(4).propose([1, 2, 1, 2], 1, 0.0) == [1]
+    assert Drafting(4).propose([1, 2, 1, 2], 0, 0.0) == []
+    assert Drafting(4).propose([1, 2, 1, 2], -1, 0.0) == []
 
 
 def test_tokens_may_come_a_few_at_a_time():
-    grown, whole = drafting(), drafting()
+    grown, whole = Drafting(4), Drafting(4)
     tokens = [1, 2, 3, 1, 2, 4, 1, 2, 3, 1, 2]
     for length in (1, 2, 6, 7):
-        grown.propose(tokens[:length], 4)
-    assert grown.propose(tokens, 4) == whole.propose(tokens, 4)
+        grown.propose(tokens[:length], 4, 0.0)
+    assert grown.propose(tokens, 4, 0.0) == whole.propose(tokens, 4, 0.0)
 
 
 def test_drafts_that_lose_are_given_up_and_tried_again_later():
-    tokens, drafted = [1, 2] * 10, drafting(draft_cost=0.3)
-    assert drafted.propose(tokens, 4)
+    tokens, drafted = [1, 2] * 10, Drafting(4)
+    assert drafted.propose(tokens, 4, 0.3)
     for _ in range(20):
         drafted.learn(num_drafted=2, num_accepted=0)
-    assert drafted.propose(tokens, 4) == []
-    assert any(drafted.propose(tokens, 4) for _ in range(200))
+    assert drafted.propose(tokens, 4, 0.3) == []
+    assert any(drafted.propose(tokens, 4, 0.3) for _ in range(200))
 
 
 def test_drafts_that_win_grow_to_the_most_allowed():
-    drafted = drafting(drafts_max=6, draft_cost=0.1)
+    drafted = Drafting(6)
     for _ in range(20):
         drafted.learn(num_drafted=2, num_accepted=2)
-    assert len(drafted.propose([1, 2] * 10, 100)) == 6
+    assert len(drafted.propose([1, 2] * 10, 100, 0.1)) == 6
 
 
 def test_no_draft_stands_where_its_successor_could_not():
     asked = Request(id=0, prompt=(1, 2, 1, 2), sampling=Sampling(tokens_max=3))
-    sequence = Sequence(request=asked, choice=0, rank=(0, 0, 0), length_max=7, drafting=drafting())
+    sequence = Sequence(request=asked, choice=0, rank=(0, 0, 0), length_max=7, drafting=Drafting(4))
     sequence.reach(3)
-    sequence.draft()
+    sequence.draft(0.0)
     assert sequence.drafts == [1, 2]  # and the step's own token makes three
 
 
 def test_drafts_behind_the_first_wrong_one_are_not_held_against_it():
-    many, few = drafting(), drafting()
+    many, few = Drafting(4), Drafting(4)
     many.learn(num_drafted=4, num_accepted=1)
     few.learn(num_drafted=2, num_accepted=1)
     assert many._rate == few._rate

@@ -146,5 +146,5 @@ def sequence(sampling: Sampling, prompt: list[int]) -> Sequence:
         choice=0,
         rank=(0, 0, 0),
         length_max=100,
-        drafting=Drafting(0, 0.0),
+        drafting=Drafting(0),
     )
