@@ -22,6 +22,7 @@ from engine.quant import DENSE_FORMATS, FORMATS
 
 # Bits of a weight as backends keep it, by layout: int4 in groups of 32, whatever its groups were. Others are unpacked.
 LOADED_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 5}
+WIDE_INT4_BITS = 4.5  # on a CPU, in groups of a multiple of 64
 
 # What a parameter is a part of, by the beginning or the end of its role. The first that fits.
 KINDS = {
@@ -67,8 +68,8 @@ def take_inventory(path: Path, *, weights: str, cache: str, device: str, memory_
     dtype = activation_dtype(where)
     with open_checkpoint(path) as (spec, checkpoint):
         shapes = parameters(spec)
-        layouts = _layouts(spec, shapes, checkpoint, weights, DENSE_FORMATS[dtype])
-        loaded_bytes = _loaded_bytes(spec, shapes, layouts, DENSE_FORMATS[dtype])
+        bits = _bits(spec, shapes, checkpoint, weights, dtype)
+        loaded_bytes = _loaded_bytes(spec, shapes, bits, LOADED_BITS[DENSE_FORMATS[dtype]])
         cache_bytes = bytes_per_block(spec, 1, cache_dtype(cache, dtype))
         return Inventory(
             kinds=tuple(_kinds(shapes, checkpoint)),
@@ -104,31 +105,36 @@ def _active(spec: ModelSpec, shapes: Shapes) -> int:
     return total
 
 
-def _layouts(spec: ModelSpec, shapes: Shapes, checkpoint: Checkpoint, weights: str, dense: str) -> Mapping[str, str]:
-    """The layout in which the matrices of each role are kept, by the first of them."""
+def _bits(
+    spec: ModelSpec, shapes: Shapes, checkpoint: Checkpoint, weights: str, dtype: torch.dtype
+) -> Mapping[str, float]:
+    """What a weight takes in memory, by role, of those that have a format: by the first matrix of each."""
     if weights not in (AUTO, *FORMATS):
         raise ModelError(f"weights {weights!r} is not one of {', '.join((AUTO, *FORMATS))}")
-    layouts: dict[str, str] = {}
+    bits: dict[str, float] = {}
     for parameter, shape in shapes.items():
-        if parameter.role in layouts or not has_format(parameter, shape):
+        if parameter.role in bits or not has_format(parameter, shape):
             continue
         if weights == AUTO:
-            stored = checkpoint.take(parameter).layout
-            layouts[parameter.role] = dense if stored == "plain" else stored
+            kept = checkpoint.take(parameter)
+            bits[parameter.role] = _bits_of(kept.layout, shape[1] // kept.num_groups, dtype)
         else:
-            layouts[parameter.role] = FORMATS[weights].layout
-    if weights != AUTO:
-        layouts["head"] = FORMATS[FORMATS[weights].head].layout
-    elif spec.tied_embeddings:
-        layouts["head"] = dense
-    return layouts
+            made = FORMATS[weights]
+            bits[parameter.role] = _bits_of(made.layout, shape[1] // made.num_groups(shape[1]), dtype)
+    head = DENSE_FORMATS[dtype] if weights == AUTO else FORMATS[FORMATS[weights].head].layout
+    if weights != AUTO or spec.tied_embeddings:
+        bits["head"] = LOADED_BITS[head]
+    return bits
 
 
-def _loaded_bytes(spec: ModelSpec, shapes: Shapes, layouts: Mapping[str, str], dense: str) -> int:
-    def bits(role: str) -> int:
-        return LOADED_BITS.get(layouts.get(role, dense), LOADED_BITS[dense])
+def _bits_of(layout: str, group: int, dtype: torch.dtype) -> float:
+    if layout == "int4" and group % 64 == 0 and dtype == torch.float32:  # a CPU's
+        return WIDE_INT4_BITS
+    return LOADED_BITS.get(layout, LOADED_BITS[DENSE_FORMATS[dtype]])
 
-    total = sum(prod(shape) * bits(parameter.role) for parameter, shape in shapes.items())
+
+def _loaded_bytes(spec: ModelSpec, shapes: Shapes, bits: Mapping[str, float], dense_bits: int) -> int:
+    total = sum(prod(shape) * bits.get(parameter.role, dense_bits) for parameter, shape in shapes.items())
     if spec.tied_embeddings:  # the head is a second copy of the embedding, laid out to be multiplied by
-        total += spec.vocab_size * spec.hidden_size * bits("head")
-    return total // 8
+        total += spec.vocab_size * spec.hidden_size * bits["head"]
+    return int(total) // 8

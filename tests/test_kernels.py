@@ -392,6 +392,21 @@ def test_experts_agree_with_the_definition(
     assert_close(actual, expected.to(dtype), 2 * TOLERANCE[dtype])  # two products and a gate in a row
 
 
+def test_experts_may_have_groups_of_two_sizes(ops: Ops) -> None:
+    """Of int4, where one of their sizes falls into groups of 64 and the other does not."""
+    gate_up = [FORMATS["int4-g64"].quantize(torch.randn(2 * 96, 64) * 0.1) for _ in range(3)]
+    down = [FORMATS["int4-g64"].quantize(torch.randn(64, 96) * 0.1) for _ in range(3)]
+    routed, x = reference.route(torch.randn(5, 3), 2, "softmax", True), torch.randn(5, 64).bfloat16()
+
+    def computed(table: Ops) -> Tensor:
+        kernel = table.weights["int4"]
+        stacks = [kernel.stack([kernel.prepare(parts) for parts in of]) for of in (gate_up, down)]
+        return table.experts(x, *routed, stacks[0], stacks[1], kernel.linear, table.swiglu)
+
+    actual, expected = computed(ops), computed(reference.OPS)
+    assert_close(actual, expected, 0.03)  # a backend may round rows to int8 before both products: 1 % each
+
+
 def test_experts_sum_the_chosen_ones_by_weight(any_ops: Ops) -> None:
     linear = reference.OPS.weights["fp32"].linear
     doubling = [torch.eye(4) * e for e in range(3)]  # expert e multiplies by e, then by e

@@ -79,9 +79,11 @@ def experts(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """As the definition: all of it in one call, where the experts are packed, gated by `swiglu` and without biases."""
+    """As the definition: in one call, where the experts are packed alike, gated by `swiglu` and without biases."""
     plain = activation is swiglu and gate_up_bias is None and down_bias is None
-    if not (plain and isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts)):
+    if not (plain and isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts)) or (
+        gate_up.format != down.format
+    ):
         return torch_experts.experts(
             x, chosen_weights, chosen, gate_up, down, linear, activation, gate_up_bias, down_bias
         )
