@@ -74,7 +74,7 @@ speculation: $(STAMP) ## Measure what drafts cost and bring on real text, with t
 gpu: ## On a machine with a GPU, torch and Triton: check and time the kernels; FOLDER=... for the results
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(or $(FOLDER),build/gpu)
 
-chaos: $(STAMP) ## Do every kind of harm to real workers and brokers, 15 minutes; the report is build/chaos/report.md
+chaos: $(STAMP) ## Harm real workers and brokers in every way we know, some 25 minutes on two busy cores; the report is build/chaos/report.md
 	@$(BIN)/python -m tests.chaos
 
 chaos-long: $(STAMP) ## The same at the sizes of a night

@@ -2,7 +2,7 @@
 
 Short sessions make takeovers quick; stock commits are the negative control; a scripted model makes requests cheap; and
 it can kill or freeze itself at a named point, where a signal from outside would arrive a moment too late. Runs in a
-process that `tests/campaign.py` forks from one that has all this imported: a start takes 0.3 s instead of 4.
+process that `tests/campaign.py` forks from one that has all this imported: the import alone takes 4 s.
 """
 
 import asyncio
@@ -110,7 +110,7 @@ class Job(Struct, frozen=True, kw_only=True):
 DEADLY_SEED = 13  # of a request that kills whatever process begins it
 HANGING_SEED = 14  # of a request whose step never ends
 STARVED_SEED = 15  # of a request for which there is not the memory
-NAN_PROMPT = [7, VOCAB_SIZE - 1, VOCAB_SIZE - 1]  # of a request whose logits are not numbers; no script says that twice
+NAN_PROMPT = [VOCAB_SIZE - 1] * 6  # of a request whose logits are not numbers; a script says that once in 400**6 tokens
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class PoisonedScript(Script):
     """A script that has nothing to say to `NAN_PROMPT`."""
 
     def logits_after(self, context: list[int]) -> np.ndarray:
-        if context[-2:] == NAN_PROMPT[-2:]:
+        if context[-len(NAN_PROMPT) :] == NAN_PROMPT:
             return np.full(self.vocab_size, np.nan, dtype=np.float32)
         return super().logits_after(context)
 

@@ -1,8 +1,8 @@
 """`make chaos` and `make chaos-long`: drives the faults, keeps what failing trials leave behind, writes the report.
 
 Trial n of a fault has the seed `--seed` + n, which decides everything in it, so `--faults F2 --seed 17 --trials 1` is
-that trial again. The report is `build/chaos/report.md` and `report.json`; a failing trial's logs and topics are in
-`build/chaos/F2-17/`. Exit code 0 if nothing is wrong, 1 otherwise.
+that trial again. The report is `build/chaos/report.md` and `report.json`, with the last run of each fault; a failing
+trial's logs and topics are in `build/chaos/F2-17/`. Exit code 0 if nothing is wrong, 1 otherwise.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.campaign import scripted_model
 from tests.chaos.fault import Control, Fault, Finding, Stack, Trial
 from tests.chaos.faults import FAULTS
-from tests.chaos.report import Line, as_json, markdown
+from tests.chaos.report import Run, line_of, markdown, update
 from worker.local_broker import Cluster
 
 FOLDER = Path("build/chaos")
@@ -32,17 +32,20 @@ def main() -> int:
     given = arguments()
     logging.disable(logging.CRITICAL)  # of the client, to which brokers that go away are news
     FOLDER.mkdir(parents=True, exist_ok=True)
-    lines: list[Line] = []
     command = f"python -m tests.chaos {shlex.join(sys.argv[1:])}".strip()
-    for number, name in enumerate(given.faults, start=1):
-        fault = FAULTS[name]
-        print(f"[{number}/{len(given.faults)}] {fault.id}: {fault.title}", flush=True)
-        lines.append(asyncio.run(run(fault, given.seed, trials_of(fault, given.size, given.trials))))
-        # Anew after each: a long run may be cut short.
-        (FOLDER / "report.md").write_text(markdown(lines, command) + "\n")
-        (FOLDER / "report.json").write_bytes(as_json(lines, command))
-    print(markdown(lines, command))
-    return int(any(line.problems for line in lines))
+    problems: list[str] = []
+    sized = [(FAULTS[name], trials_of(FAULTS[name], given.size, given.trials)) for name in given.faults]
+    for number, (fault, sizes) in enumerate(sized, start=1):
+        print(f"[{number}/{len(sized)}] {fault.id}: {fault.title}", flush=True)
+        if not sizes:
+            print("    at night only")
+            continue
+        made = asyncio.run(run(fault, given.seed, sizes))
+        problems += made.problems
+        lines = update(FOLDER / "report.json", [line_of(made, command)])  # after each: a long run may be cut short
+        (FOLDER / "report.md").write_text(markdown(lines) + "\n")
+    print((FOLDER / "report.md").read_text())
+    return int(bool(problems))
 
 
 def arguments() -> argparse.Namespace:
@@ -71,9 +74,9 @@ def trials_of(fault: Fault, size: str, num_trials: int | None) -> list[int]:
     return [min(fault.per_trial, total - start) for start in range(0, total, fault.per_trial)]
 
 
-async def run(fault: Fault, seed: int, sizes: Sequence[int]) -> Line:
+async def run(fault: Fault, seed: int, sizes: Sequence[int]) -> Run:
     """All trials of the fault, on brokers of its own, and its control."""
-    line = Line(fault=fault, first_seed=seed, num_strikes=sum(sizes))
+    made = Run(fault=fault, first_seed=seed, num_strikes=sum(sizes))
     begun_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tokenmill-chaos-") as scratch:
         folder = Path(scratch)
@@ -86,11 +89,11 @@ async def run(fault: Fault, seed: int, sizes: Sequence[int]) -> Line:
             gate = asyncio.Semaphore(fault.at_once)
             async with asyncio.TaskGroup() as tasks:
                 for trial in trials:
-                    tasks.create_task(one(fault, trial, gate, line))
+                    tasks.create_task(one(fault, trial, gate, made))
             if fault.control and trials:
-                line.control = await controlled(fault, fault.control, trials, FOLDER / f"{fault.id}-control")
-    line.duration_s = time.monotonic() - begun_s
-    return line
+                made.control = await controlled(fault, fault.control, trials, FOLDER / f"{fault.id}-control")
+    made.duration_s = time.monotonic() - begun_s
+    return made
 
 
 async def controlled(fault: Fault, control: Control, trials: Sequence[Trial], folder: Path) -> Finding:
@@ -103,11 +106,11 @@ async def controlled(fault: Fault, control: Control, trials: Sequence[Trial], fo
     return finding
 
 
-async def one(fault: Fault, trial: Trial, gate: asyncio.Semaphore, line: Line) -> None:
-    """The trial's finding is in the line."""
+async def one(fault: Fault, trial: Trial, gate: asyncio.Semaphore, made: Run) -> None:
+    """The trial's finding is in the run."""
     async with gate:
         begun_s = time.monotonic()
-        finding = line.findings[trial.seed] = await attempt(fault, trial)
+        finding = made.findings[trial.seed] = await attempt(fault, trial)
         if finding.violations:
             (trial.folder / "violations.txt").write_text("\n".join(finding.violations) + "\n")
         else:
@@ -115,7 +118,7 @@ async def one(fault: Fault, trial: Trial, gate: asyncio.Semaphore, line: Line) -
         wrong = f"{len(finding.violations)} VIOLATIONS, see {trial.folder}" if finding.violations else "right"
         times = ", ".join(f"{recovery_s:.1f}" for recovery_s in finding.recoveries_s)
         print(
-            f"    seed {trial.seed} ({len(line.findings)} done): {wrong}; {time.monotonic() - begun_s:.1f} s"
+            f"    seed {trial.seed} ({len(made.findings)} done): {wrong}; {time.monotonic() - begun_s:.1f} s"
             f"{f', recovered in {times} s' if times else ''}, {finding.tokens_repeated} tokens repeated",
             flush=True,
         )

@@ -53,8 +53,8 @@ async def guilty_request(trial: Trial) -> Finding:
         return finding
 
 
-# Bad numbers fail one request; the others end the process, twice each, and take their time.
-GUILTY = ("nan", "nan", "nan", "memory", "nan", "nan", "nan", "hang", "nan", "nan")
+# Bad numbers fail one request; the others end the process, three times each, and take their time.
+GUILTY = (*["nan"] * 5, "memory", *["nan"] * 10, "hang", *["nan"] * 8)
 
 
 def guilty(campaign: Campaign, kind: str) -> bytes:
@@ -226,8 +226,8 @@ FAULTS = (
         unit="guilty requests",
         pr=50,
         nightly=1000,
-        per_trial=10,
-        at_once=3,
+        per_trial=25,
+        at_once=2,
         run=guilty_request,
     ),
     Fault(

@@ -327,7 +327,7 @@ FAULTS = (
         unit="cuts",
         pr=9,
         nightly=60,
-        at_once=3,
+        at_once=5,
         run=partition,
     ),
     Fault(
