@@ -18,6 +18,7 @@ from tests.tiny_tokenizer import save_byte_level
 from tests.virtual_time import virtually
 from worker import service
 from worker.brokers.base import Headers
+from worker.brokers.memory import Crash
 from worker.intake import PRIORITY_HANDED_OVER
 from worker.text import load_tokenizer
 
@@ -364,6 +365,8 @@ async def test_a_request_that_was_handed_over_and_then_kills_its_workers_is_give
             break
         victim.broker.die()
         await stage.cluster.expire(victim.broker)
+        with pytest.raises(Crash):
+            await victim.over
     (answer,) = await stage.answers()
     assert error_of(answer) == ErrorCode.POISONED
     assert (answer.input.topic, answer.handovers) == (TOPICS.requests, 1)
