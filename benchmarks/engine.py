@@ -73,6 +73,9 @@ class Bench:
     def growth(self) -> None:
         """Throughput of decoding by the number of sequences."""
         print("\n| sequences | output tokens/s | ms a step |\n|---|---|---|")
+        for _ in range(SEQUENCES[-1]):  # to warm up
+            self.submit(self.prompt(16), 2)
+        self.run()
         for num in SEQUENCES:
             for _ in range(num):
                 self.submit(self.prompt(16), 24)
@@ -188,7 +191,7 @@ def main() -> None:
     )
     bench = Bench(build(config, folder))
     bench.core.meter.start()
-    print(f"{MODEL} in {asked.weights} on {torch.get_num_threads()} threads")
+    print(f"{MODEL} in {asked.weights} on {len(os.sched_getaffinity(0))} cores")
     for ask in (bench.growth, overhead, bench.prefix, bench.waiting, bench.completion):
         ask()
 

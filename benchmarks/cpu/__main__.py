@@ -70,10 +70,9 @@ class Contest:
         return one
 
     def _write(self, report: Report) -> None:
-        path = self.folder / f"cpu-{report.checkpoint}"
-        path.with_suffix(".json").write_text(json.dumps(report.as_json(), indent=1))
-        path.with_suffix(".md").write_text(report.table() + "\n")
-        path.with_suffix(".svg").write_text(report.picture())
+        made = {"json": json.dumps(report.as_json(), indent=1), "md": report.table() + "\n", "svg": report.picture()}
+        for kind, text in made.items():
+            (self.folder / f"cpu-{report.checkpoint}.{kind}").write_text(text)
 
 
 def _machine() -> str:
