@@ -180,10 +180,9 @@ def without_model(num_sequences: int) -> Core:
 
 def main() -> None:
     """Prints each table as soon as it is known."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="int8", help="a format: bf16, int8, int4")
-    parser.add_argument("--home", type=Path, default=cache / "tokenmill" / "peers", help="of the checkpoint")
+    parser.add_argument("--home", type=Path, default=checkpoints.HOME, help="of the checkpoint")
     asked = parser.parse_args()
     folder = checkpoints.make(asked.home / "models", MODEL)
     config = EngineConfig(

@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -105,13 +106,11 @@ def one_pass(core: Core, prompts: Sequence[Sequence[int]], salt: str) -> Run:
 
 def ask(core: Core, prompt: Sequence[int], num_tokens: int, salt: str) -> None:
     """The request waits for its turn. It finds cached prefixes of the same salt alone."""
-    global _num_asked  # noqa: PLW0603
-    _num_asked += 1
     sampling = Sampling(tokens_max=num_tokens, tokens_min=num_tokens)
-    core.submit(Request(id=_num_asked, prompt=tuple(prompt), sampling=sampling, cache_salt=salt))
+    core.submit(Request(id=next(_ids), prompt=tuple(prompt), sampling=sampling, cache_salt=salt))
 
 
-_num_asked = 0  # an engine's requests need names of their own
+_ids = count()  # of requests
 
 
 def run(core: Core) -> Run:

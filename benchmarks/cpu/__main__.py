@@ -98,13 +98,12 @@ def _chosen(known: Sequence[str]) -> "argparse._ActionType":
 def main() -> None:
     """Prints each checkpoint's table at its end."""
     models, contenders, loads = list(checkpoints.SHAPES), list(CONTENDERS), list(LOADS)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=_chosen(models), default=models)
     parser.add_argument("--loads", type=_chosen(loads), default=loads)
     parser.add_argument("--only", type=_chosen(contenders), default=contenders, help=", ".join(contenders))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--home", type=Path, default=cache / "tokenmill" / "peers", help="of peers and checkpoints")
+    parser.add_argument("--home", type=Path, default=checkpoints.HOME, help="of peers and checkpoints")
     parser.add_argument("--folder", type=Path, default=Path("build/cpu"), help="of the results")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
