@@ -172,11 +172,12 @@ struct Int4 {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------- bf16
+// ---------------------------------------------------------------------------------------------------------- bf16, fp32
 //
-// A block: for each two inputs 64 features x 2 numbers.
+// A block: for each two inputs, or each one, 64 features x 4 bytes.
 
-struct Bf16 {
+template <int kInputs>
+struct Dense {
   template <int M>
   static constexpr int kVectors = vectors<M>(1);
 
@@ -186,40 +187,14 @@ struct Bf16 {
     Columns<Floats, M, V> totals;
     unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
     const uint8_t* w = block + 64 * first;
-    for (int64_t k = 0; k < in; k += 2, w += 4 * kBlock) {
+    for (int64_t k = 0; k < in; k += kInputs, w += 4 * kBlock) {
       Words weights[V];
       unroll<V>(FOR(v) { weights[v] = load_words(w + 64 * v), prefetch(w + 64 * v); });
       unroll<M>(FOR(m) {
-        const Words x = broadcast_word(rows[m] + 2 * k);
-        unroll<V>(FOR(v) { dot2(totals.template at<v>()[m], weights[v], x); });
-      });
-    }
-    unroll<M>(FOR(m) { unroll<V>(FOR(v) { store(out + kBlock * m + 16 * v, totals.template at<v>()[m]); }); });
-  }
-};
-
-// ---------------------------------------------------------------------------------------------------------------- fp32
-//
-// A block: for each input 64 features.
-
-struct Fp32 {
-  template <int M>
-  static constexpr int kVectors = vectors<M>(1);
-
-  template <int M, int V>
-  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
-                              float* out) {
-    Columns<Floats, M, V> totals;
-    unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
-    const uint8_t* w = block + 64 * first;
-    for (int64_t k = 0; k < in; k++, w += 4 * kBlock) {
-      Floats weights[V];
-      unroll<V>(FOR(v) { weights[v] = load((const float*)(w + 64 * v)), prefetch(w + 64 * v); });
-      unroll<M>(FOR(m) {
-        const Floats x = broadcast(((const float*)rows[m])[k]);
+        const Words x = broadcast_word(rows[m] + 4 / kInputs * k);
         unroll<V>(FOR(v) {
-          Floats& total = totals.template at<v>()[m];
-          total = fma(weights[v], x, total);
+          if constexpr (kInputs == 2) dot2(totals.template at<v>()[m], weights[v], x);
+          else dot1(totals.template at<v>()[m], weights[v], x);
         });
       });
     }
@@ -275,8 +250,8 @@ void multiply_as(const Matrix& matrix, int64_t block, const Rows& rows, const in
 inline void multiply(const Matrix& matrix, int64_t block, const Rows& rows, const int64_t* chosen, int64_t num_rows,
                      const Product& product, int64_t columns) {
   switch (matrix.format) {
-    case Format::fp32: return multiply_as<Fp32>(matrix, block, rows, chosen, num_rows, product, columns);
-    case Format::bf16: return multiply_as<Bf16>(matrix, block, rows, chosen, num_rows, product, columns);
+    case Format::fp32: return multiply_as<Dense<1>>(matrix, block, rows, chosen, num_rows, product, columns);
+    case Format::bf16: return multiply_as<Dense<2>>(matrix, block, rows, chosen, num_rows, product, columns);
     case Format::int8: return multiply_as<Int8>(matrix, block, rows, chosen, num_rows, product, columns);
     case Format::int4_by_64: return multiply_as<Int4<64>>(matrix, block, rows, chosen, num_rows, product, columns);
     case Format::int4: return multiply_as<Int4<32>>(matrix, block, rows, chosen, num_rows, product, columns);

@@ -104,6 +104,9 @@ INLINE Words high_nibbles(Words x) { return low_nibbles(_mm512_srli_epi16(x, 4))
 // In assembly, because gcc 12 keeps arrays of more than sixteen accumulators in memory when it is an intrinsic.
 INLINE void dot4_unsigned(Words& total, Words a, Words b) { asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b)); }
 INLINE void dot4(Words& total, Words weight, Words x) { dot4_unsigned(total, weight, x); }
+INLINE void dot1(Floats& total, Words a, Words b) {
+  total = fma(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), total);
+}
 
 // As `dot4`, of two bf16 in each lane.
 #ifdef __AVX512BF16__
@@ -208,6 +211,8 @@ INLINE Floats sums(Floats (&x)[16]) {
   for (int i = 0; i < 16; i++) lanes[i] = sum(x[i]);
   return load(lanes);
 }
+INLINE Floats as_floats(Words x) { return {_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; }
+INLINE void dot1(Floats& total, Words a, Words b) { total = fma(as_floats(a), as_floats(b), total); }
 INLINE Words add(Words a, Words b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
 INLINE int32_t sum(Words x) {
   const __m256i eight = _mm256_add_epi32(x.low, x.high);
