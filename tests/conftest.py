@@ -2,12 +2,13 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import hypothesis
 import pytest
 
+from tests.kafka_stage import Stage, staged
 from worker.local_broker import Cluster
 
 # Read when a kernel is defined, so before anything imports triton: a GPU is not needed and, if there is one, not used.
@@ -39,3 +40,10 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
         return
     with Cluster(tmp_path_factory.mktemp("kafka")) as cluster:
         yield Kafka(cluster.brokers)
+
+
+@pytest.fixture
+async def stage(kafka: Kafka, request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
+    """A stage on it, in the mode that the test asks for."""
+    async with staged(kafka.brokers, getattr(request, "param", {})) as stage:
+        yield stage
