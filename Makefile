@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_DEFAULT_FP_FUSION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-kernels lint parity quality bench bench-cpu bench-engine speculation gpu chaos chaos-long simulate compose-test constraints clean
+.PHONY: help install demo test test-kernels lint audit parity quality bench bench-cpu bench-engine speculation gpu chaos chaos-long simulate compose-test constraints clean
 
 help: ## List what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,11 +47,14 @@ test: lint ## Run all that the CI runs; ends with the counts
 test-kernels: $(STAMP) ## Run the GPU kernels' part of it: in Triton's interpreter, and compiled for Hopper; no GPU is needed
 	@$(BIN)/python -m pytest tests/test_triton_*.py
 
-lint: $(STAMP) ## Check style, types and who may import whom
+lint: $(STAMP) audit ## Check style, types, who may import whom, and for packages that are known to be vulnerable
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+
+audit: $(STAMP) ## Ask the OSV database about every pinned package
+	@$(BIN)/python -m tests.audit
 
 parity: $(STAMP) ## Compare each architecture in each weight format with transformers
 	@$(BIN)/python -m tests.parity
