@@ -5,8 +5,9 @@ import random
 import signal
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
-from tests.campaign import PATIENCE_S, Campaign, long_requests, said, some_requests
+from tests.campaign import PATIENCE_S, Campaign, Hired, long_requests, said, some_requests
 from tests.chaos.fault import SESSION_S, Control, Fault, Finding, Trial, judged
 from tests.worker_process import POINTS, Stop
 
@@ -22,6 +23,8 @@ STORM_S = 5.0
 STEADY = 5  # requests each half second: a third of what two workers can do, so that what is repeated can be made up for
 WASTE_MAX = 0.1
 SOAK_REQUESTS = 200
+SOAK_PAUSE_S = 3.3  # between them: 218,000 in an hour
+DRIFT_MAX_S = 1.0  # readings are published with answers, and each sample is taken right after the last of them
 SLOPE_BYTES_MAX = 1 << 20  # for 10,000 requests
 FILES_MORE_MAX = 2  # a connection that is being made anew
 REJOINED_MAX_S = 10.0
@@ -208,27 +211,54 @@ async def storm(trial: Trial) -> Finding:
 
 
 async def soak(trial: Trial) -> Finding:
-    """One worker serves for long: its memory and its open files stay as they are."""
+    """One worker serves for long: its memory and its open files stay as they are, and its meter keeps time."""
     dice, wrong = trial.dice, []
     async with trial.group(partitions=4, events="request") as campaign:
         life = campaign.hire("a")
-        samples: list[tuple[int, int, int]] = []  # answers, bytes of memory, open files
+        samples: list[Sample] = []
         end_s = time.monotonic() + trial.size
-        while time.monotonic() < end_s:
+        while (begun_s := time.monotonic()) < end_s:
             await campaign.ask(some_requests(dice, campaign.model, SOAK_REQUESTS, tokens_max=10))
             await campaign.until_answered()
-            samples.append((len(campaign.asked), life.memory_bytes, life.num_files))
-        (first, bytes_before, files_before), (last, bytes_after, files_after) = samples[len(samples) // 4], samples[-1]
-        slope = (bytes_after - bytes_before) / max(1, last - first) * 10_000
+            samples.append(sample(campaign, life))
+            await asyncio.sleep(max(0, begun_s + SOAK_PAUSE_S - time.monotonic()))
+        first, last = samples[len(samples) // 4], samples[-1]
+        slope = (last.memory_bytes - first.memory_bytes) / max(1, last.num_requests - first.num_requests) * 10_000
+        drift_s = (last.metered_s - first.metered_s) - (last.clock_s - first.clock_s)
         if slope > SLOPE_BYTES_MAX:
             wrong.append(f"memory grows by {slope / (1 << 20):.2f} MiB for 10,000 requests")
-        if files_after > files_before + FILES_MORE_MAX:
-            wrong.append(f"open files have become {files_after}, from {files_before}")
+        if last.num_files > first.num_files + FILES_MORE_MAX:
+            wrong.append(f"open files have become {last.num_files}, from {first.num_files}")
+        if abs(drift_s) > DRIFT_MAX_S:
+            wrong.append(f"the ledger is {drift_s:+.1f} s beside the clock")
         finding = await judged(campaign, violations=wrong)
         finding.notes.append(
-            f"{last} requests: {slope / (1 << 20):.2f} MiB for 10,000, open files {files_before} to {files_after}"
+            f"{last.num_requests} requests: {slope / (1 << 20):.2f} MiB for 10,000, open files {first.num_files} to "
+            f"{last.num_files}, the ledger {drift_s:+.2f} s beside the clock after {last.clock_s - first.clock_s:.0f} s"
         )
         return finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What a worker has come to."""
+
+    num_requests: int
+    memory_bytes: int
+    num_files: int
+    metered_s: float  # by its newest meter reading
+    clock_s: float
+
+
+def sample(campaign: Campaign, life: Hired) -> Sample:
+    """How the worker stands now."""
+    return Sample(
+        num_requests=len(campaign.asked),
+        memory_bytes=life.memory_bytes,
+        num_files=life.num_files,
+        metered_s=campaign.live.readings[-1].wall_ns / 1e9,
+        clock_s=time.monotonic(),
+    )
 
 
 FAULTS = (
