@@ -1,8 +1,8 @@
 """What each format of weights and cache costs the demo model in quality, on this machine's CPU.
 
 Owns the table in docs/quality.md, `python -m benchmarks.quality`; `... int8 int4/fp8` measures int8 weights, then int4
-weights with a cache of fp8. All read the same text, our own files, with activations in fp32; weights and cache in fp32
-are what the others are compared with. Perplexities of so little text differ by some 0.3 % when anything is rounded
+weights with a cache of fp8. All read the same text, `benchmarks/texts/`, with activations in fp32; weights and cache in
+fp32 are what the others are compared with. Perplexities of so little text differ by some 0.3 % when anything is rounded
 otherwise, since a router that is near a tie chooses other experts; the divergence is the steadier figure. Ten
 minutes on one thread, 3 GB of memory.
 """
@@ -25,9 +25,8 @@ from worker.config import model_folder
 from worker.text import load_tokenizer
 
 DEMO_MODEL = "smollm2-moe"
-ROOT = Path(__file__).parents[1]
-TEXTS = ("docs/architecture.md", "worker/service.py", "LICENSE")  # prose, code, law
-CHARACTERS_MAX = 6000  # of each, about 1,400 tokens
+TEXTS = Path(__file__).parent / "texts"  # as our own files once were: what is compared must not move
+NAMES = ("prose.md", "code.py.txt", "law.txt")
 TOKENS_MAX = 6000
 BLOCK_SIZE = 16
 EXACT = "fp32"  # the measure of the others
@@ -40,8 +39,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     folder, ops = model_folder(DEMO_MODEL), pick("cpu")
     tokenizer = load_tokenizer(folder)
-    texts = [torch.tensor(tokenizer.encode((ROOT / name).read_text()[:CHARACTERS_MAX], TOKENS_MAX)) for name in TEXTS]
-    print(f"{DEMO_MODEL} on the table {ops.name}, {sum(map(len, texts)):,} tokens of {', '.join(TEXTS)}")
+    texts = [torch.tensor(tokenizer.encode((TEXTS / name).read_text(), TOKENS_MAX)) for name in NAMES]
+    print(f"{DEMO_MODEL} on the table {ops.name}, {sum(map(len, texts)):,} tokens of {', '.join(NAMES)}")
     print("| weights | cache | perplexity | above fp32 | equal greedy tokens | divergence, nats |")
     print("|---|---|---|---|---|---|", flush=True)
     expected: Tensor | None = None

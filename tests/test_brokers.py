@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from tests.broker_contract import BrokerContract, Crew, Owner, transact
+from tests.broker_contract import PATIENCE_S, BrokerContract, Crew, Owner, transact
+from tests.kafka_proxy import FETCH, METADATA
 from worker.brokers.base import Headers, Outgoing, Place, Position, Record
 from worker.brokers.kafka import KafkaBroker
 from worker.brokers.kafka_client import Sender, TopicSpec, create_topics, read_all
 from worker.brokers.kafka_settings import KafkaSettings
 from worker.brokers.memory import Crash, Fault, FaultAt, MemoryBroker, Moment
 from worker.brokers.memory_cluster import MemoryCluster
-from worker.errors import Fenced, OutcomeUnknown
+from worker.errors import Fenced, OutcomeUnknown, Unavailable
 
 
 class MemoryWorld:
@@ -220,3 +221,26 @@ class FrozenBefore:
 
 def unique(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex[:12]}"
+
+
+async def test_a_topic_that_no_broker_tells_of_in_time_is_not_called_missing(stage):
+    async with Sender(replace(stage.direct, brokers=stage.proxy.brokers)) as sender:
+        stage.proxy.lose_requests(METADATA)
+        with pytest.raises(Unavailable):
+            await sender.send(Outgoing(topic=unique("unheard-of"), key=None, value=b"1"))
+
+
+async def test_a_fetch_that_waits_to_be_tried_again_does_not_disturb_the_end(stage):
+    """aiokafka passes its cancellation on: a worker without brokers ended with a traceback."""
+    a = await stage.owner("a")
+    a.broker._consumer._fetcher._retry_backoff = 60
+    stage.proxy.lose_requests(FETCH)
+    async with asyncio.timeout(PATIENCE_S):
+        while not any(waits_to_fetch(task) for task in asyncio.all_tasks()):
+            await a.broker.poll(a.places, 1, 0.05)
+    await a.broker.stop()
+
+
+def waits_to_fetch(task: asyncio.Task[object]) -> bool:
+    inner = getattr(task.get_coro(), "cr_await", None)
+    return "_proc_fetch_request" in repr(task.get_coro()) and getattr(inner, "__name__", "") == "sleep"

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.brokers.base import Membership, Outgoing, Place, Position, RebalanceListener, Record
-from worker.brokers.kafka_client import key_of, record_of, require_topics
+from worker.brokers.kafka_client import close, key_of, record_of, require_topics
 from worker.brokers.kafka_eos import ExactlyOnceProducer, StableConsumer, broken_by, end_open_transactions
 from worker.brokers.kafka_errors import of_client, of_producer
 from worker.brokers.kafka_sender import GroupMembership
@@ -49,7 +49,7 @@ class KafkaBroker:
             self._open.push_async_callback(lambda: _discard(self._producer))
             await self._end_open_transactions()
             self._consumer = self._new_consumer()
-            self._open.push_async_callback(self._consumer.stop)
+            self._open.push_async_callback(close, self._consumer)
             await self._consumer.start()
         except (errors.KafkaError, OSError) as error:
             await self.stop()

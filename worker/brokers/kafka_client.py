@@ -98,7 +98,9 @@ class Sender:
             sent = await self._producer.send(
                 record.topic, record.value, key_of(record), record.partition, headers=list(record.headers)
             )
-        except errors.UnknownTopicOrPartitionError as error:
+        except errors.UnknownTopicOrPartitionError as error:  # also where no broker has told in time
+            if not await self._producer.client.force_metadata_update():
+                raise of_client(error, self._settings, "WRITE") from error
             raise topic_missing(record.topic) from error
         except errors.KafkaError as error:
             raise of_client(error, self._settings, "WRITE") from error
@@ -199,7 +201,21 @@ async def _reader(settings: KafkaSettings) -> AsyncIterator[AIOKafkaConsumer]:
     except (errors.KafkaError, OSError) as error:
         raise await _judged(error, settings) from error
     finally:
+        await close(consumer)
+
+
+async def close(consumer: AIOKafkaConsumer) -> None:
+    """The consumer is closed.
+
+    aiokafka cancels its fetches one by one and passes the cancellation on to us of one that waits to be tried again.
+    """
+    try:
         await consumer.stop()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task and task.cancelling():  # it is we who are cancelled
+            raise
+        await consumer._client.close()
 
 
 async def _judged(error: Exception, settings: KafkaSettings) -> TokenmillError:
@@ -231,13 +247,15 @@ async def _known_partitions(
     client = consumer._client
     while True:
         await client.set_topics(topics)
-        await client.force_metadata_update()
+        told = await client.force_metadata_update()
         if denied := client.cluster.unauthorized_topics & set(topics):
             raise right_missing(right, f"topic {min(denied)!r}")
         numbers = {topic: client.cluster.partitions_for_topic(topic) for topic in topics}
         if all(numbers.values()):
             return [TopicPartition(topic, number) for topic in topics for number in sorted(numbers[topic])]
         if time.monotonic() > deadline_s:
+            if not told:
+                raise errors.KafkaConnectionError("no broker has told which topics there are")
             raise topic_missing(next(topic for topic in topics if not numbers[topic]))
         await asyncio.sleep(TOPIC_RETRY_S)
 
