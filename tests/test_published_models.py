@@ -206,6 +206,38 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], float]] = {
 }
 
 
+# What published index files call a layer's tensors: gpt-oss-20b's own, Llama-3.1-8B's, and of models of the same
+# architectures Mixtral-8x22B's, Mistral-Small-24B's and Qwen3-0.6B's.
+_ATTENTION = {"input_layernorm.weight", "post_attention_layernorm.weight"} | {
+    f"self_attn.{matrix}_proj.weight" for matrix in "qkvo"
+}
+_DENSE = _ATTENTION | {f"mlp.{matrix}_proj.weight" for matrix in ("gate", "up", "down")}
+LAYERS = {
+    "Llama-3.1-8B": _DENSE,
+    "Mistral-7B-v0.1": _DENSE,
+    "Qwen3-8B": _DENSE | {"self_attn.q_norm.weight", "self_attn.k_norm.weight"},
+    "Mixtral-8x7B-v0.1": _ATTENTION
+    | {"block_sparse_moe.gate.weight"}
+    | {f"block_sparse_moe.experts.{expert}.w{number}.weight" for expert in range(8) for number in (1, 2, 3)},
+    "gpt-oss-20b": _ATTENTION
+    | {f"self_attn.{matrix}_proj.bias" for matrix in "qkvo"}
+    | {"self_attn.sinks", "mlp.router.weight", "mlp.router.bias"}
+    | {
+        f"mlp.experts.{matrix}_proj{kept}" for matrix in ("gate_up", "down") for kept in ("_bias", "_blocks", "_scales")
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_parameters_are_looked_for_by_the_names_of_published_index_files(name: str) -> None:
+    architecture = ARCHITECTURES[PUBLISHED[name][0]]
+    spec = architecture.spec_from_config(PUBLISHED[name][1])
+    asked = {architecture.tensor_name(parameter) for parameter in parameters(spec)}
+    ends = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    layers = {f"model.layers.{layer}.{tensor}" for layer in range(len(spec.layers)) for tensor in LAYERS[name]}
+    assert asked == ends | {tensor.removesuffix("_blocks").removesuffix("_scales") for tensor in layers}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_configuration_makes_a_model_of_its_published_size(name: str) -> None:
     architecture, config, billions = PUBLISHED[name]
