@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from engine.constraint import Constraint
-from engine.sampler import accept
+from engine.sampler import draw
 from engine.sequence import Sequence, Share
 from engine.speculative import Drafting
 from engine.types import Request, Sampling
@@ -50,7 +50,7 @@ def main() -> None:
     for _ in range(NUM_ROUNDS):
         for name, shares in cases.items():
             start = time.perf_counter()
-            accept(ops, logits, shares)
+            draw(ops, logits, shares).accepted()
             best[name] = min(best[name], time.perf_counter() - start)
     plain = best["nothing asked"]
     for name, seconds in best.items():

@@ -7,12 +7,12 @@ sequence's share becomes does not depend on the others in the batch.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sequence import Share
 from kernels.ops import AttentionBatch
+from kernels.transfer import send
 
 Integers = NDArray[np.int64]
 
@@ -27,8 +27,11 @@ class Batch:
     rows: Tensor  # (R,) int64, into T, in the order of the shares
 
 
-def build_batch(shares: list[Share], block_size: int, device: torch.device) -> Batch:
-    """The tensors of a step, on the device; worked out on the host in a few arrays, whatever the number of shares."""
+def build_batch(shares: list[Share], block_size: int, drawn: Tensor) -> Batch:
+    """The tensors of a step, on the device; worked out on the host in a few arrays, whatever the number of shares.
+
+    drawn (R,) int64, on the device: the tokens of the step before, for those that the host does not know yet.
+    """
     lengths = np.array([len(share.tokens) for share in shares], dtype=np.int64)  # (S,)
     starts = np.array([share.start for share in shares], dtype=np.int64)  # (S,)
     num_rows = np.array([share.num_rows for share in shares], dtype=np.int64)  # (S,)
@@ -39,16 +42,15 @@ def build_batch(shares: list[Share], block_size: int, device: torch.device) -> B
     slots = tables[owners, positions // block_size] * block_size + positions % block_size  # (T,)
     token_ids = np.array([token for share in shares for token in share.tokens], dtype=np.int64)  # (T,)
 
-    def send(array: Integers) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
-    attention = AttentionBatch(
-        block_tables=send(tables),
-        query_starts=[0, *ends.tolist()],
-        context_lens=(starts + lengths).tolist(),
-        slots=send(slots),
-    )
-    return Batch(send(token_ids), send(positions), attention, send(_ranges(ends - num_rows, num_rows)))
+    rows = _ranges(ends - num_rows, num_rows)  # (R,)
+    unknown = np.flatnonzero(token_ids < 0)
+    arrays = [token_ids, positions, slots, rows, tables, unknown, ~token_ids[unknown]]
+    token_ids_there, positions_there, slots_there, rows_there, tables_there, *gaps = send(arrays, drawn.device)
+    if len(unknown):
+        at, row = gaps
+        token_ids_there.index_copy_(0, at, drawn[row])
+    attention = AttentionBatch(tables_there, [0, *ends.tolist()], (starts + lengths).tolist(), slots_there)
+    return Batch(token_ids_there, positions_there, attention, rows_there)
 
 
 def _ranges(starts: Integers, lengths: Integers) -> Integers:

@@ -49,6 +49,7 @@ def build(config: EngineConfig, model_path: Path, progress: Progress | None = No
         Runner(forward, ops, config.block_size, device),
         Meter(),
         capacity,
+        overlap=_overlaps(config, device),
     )
 
 
@@ -67,6 +68,12 @@ def pick_device(name: str) -> torch.device:
 def activation_dtype(device: torch.device) -> torch.dtype:
     """In which the device computes."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _overlaps(config: EngineConfig, device: torch.device) -> bool:
+    """Where the device is the host, a step that is launched ahead would only be waited for."""
+    suits = device.type != "cpu" and not config.drafts_max
+    return suits if config.overlap == "auto" else config.overlap == "on"
 
 
 def cache_dtype(name: str, activations: torch.dtype) -> torch.dtype:

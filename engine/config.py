@@ -4,6 +4,7 @@ Owns numbers and their validation. Where they come from (flags, files, environme
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.errors import EngineMisconfigured, RequestRefused
 from engine.types import Capacity, Request
@@ -16,6 +17,8 @@ PENALTY_MAX = 2.0  # OpenAI's own range for both of its penalties, from minus th
 REPETITION_MIN, REPETITION_MAX = 0.1, 10.0  # far beyond use (1.0 to 1.5), and a logit stays far from infinity
 BIAS_MAX = 100.0  # OpenAI's own range for a bias, from minus this: enough to forbid a token, or to force it
 INTEGER_BITS = 64  # ids and seeds are integers of the wire
+
+Switch = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,7 @@ class EngineConfig:
     tokens_per_step_max: int = 512  # a prompt's chunk: the longest that a running sequence waits for its next token
     sequences_max: int = 32  # running at once
     drafts_max: int = 0  # proposed for a sequence in one step
+    overlap: Switch = "auto"  # a step is planned while the one before runs; auto: on a GPU, without drafts
     draft_cost: float | None = None  # of one more token for every sequence, as a share of a step; None: as measured
     ageing: int = 64  # later requests that may go before one whose priority number is higher by 1
 
@@ -48,6 +52,11 @@ class EngineConfig:
             raise EngineMisconfigured(
                 f"cache_tokens is {self.cache_tokens}, not a multiple of block_size {self.block_size}; "
                 f"take {-(-self.cache_tokens // self.block_size) * self.block_size}"
+            )
+        if self.overlap == "on" and self.drafts_max:
+            raise EngineMisconfigured(
+                "overlap is on and drafts_max is not 0: drafts continue tokens that a step ahead does not know yet; "
+                "set drafts_max to 0, or leave overlap to be chosen"
             )
         needed = self.sequences_max * (1 + self.drafts_max)
         if needed > self.tokens_per_step_max:

@@ -5,7 +5,7 @@ Owns the loop's body and how the parts are put together. Blocking, and one threa
 
 from engine.config import check_request
 from engine.metering import Meter
-from engine.runner import Runner
+from engine.runner import Pending, Runner
 from engine.scheduler import Scheduler
 from engine.types import Capacity, EngineStats, Request, StepResult
 
@@ -13,19 +13,24 @@ from engine.types import Capacity, EngineStats, Request, StepResult
 class Core:
     """Scheduler, runner and meter, working as one engine. `build` makes one of a checkpoint."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, meter: Meter, capacity: Capacity) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, meter: Meter, capacity: Capacity, *, overlap: bool = False
+    ) -> None:
+        """`overlap`: a step is planned and launched while the one before runs, wherever it can be foreseen."""
         self.capacity = capacity
         self.meter = meter
         self._scheduler = scheduler
         self._runner = runner
+        self._overlap = overlap
+        self._underway: Pending | None = None  # launched by the step before
 
     def step(self) -> StepResult:
         """Every sequence in the plan has caught up by its share. With nothing to do, all that passes is idle time."""
-        plan = self._scheduler.plan()
-        accepted = self._runner.execute(plan)
-        committed = self._scheduler.commit(plan, accepted)
+        step = self._underway or self._runner.launch(self._scheduler.plan())
+        self._underway = self._launch_ahead() if self._overlap else None
+        committed = self._scheduler.commit(step.plan, step.collect())
         idle_ns, charges = self.meter.settle(committed.spent)
-        self._scheduler.learn(plan, sum(charge.device_ns for charge in charges))
+        self._scheduler.learn(step.plan, sum(charge.device_ns for charge in charges))
         return StepResult(idle_ns=idle_ns, tokens=committed.tokens, finished=committed.finished, charges=charges)
 
     def submit(self, request: Request) -> None:
@@ -38,14 +43,18 @@ class Core:
         self._scheduler.cancel(request_id, choice)
 
     def interrupt(self) -> None:
-        """The next step, which computes nothing, tells how far each choice has come."""
+        """The next step, which begins nothing, tells how far each choice has come."""
         self._scheduler.interrupt()
 
     @property
     def has_work(self) -> bool:
         """A step would compute or tell something."""
-        return self._scheduler.has_work
+        return self._underway is not None or self._scheduler.has_work
 
     def stats(self) -> EngineStats:
         """Counts since the start, and how full the engine is now."""
         return self._scheduler.stats()
+
+    def _launch_ahead(self) -> Pending | None:
+        plan = self._scheduler.plan_ahead()
+        return self._runner.launch(plan) if plan.shares else None

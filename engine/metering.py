@@ -101,3 +101,8 @@ def work_of(share: Share, num_accepted: int) -> list[Spent]:
         num_rejected -= min(index, 1)
     others = ((Work.RECOMPUTED, num_again), (Work.PROMPT, num_prompt), (Work.REJECTED, num_rejected))
     return [spent(work, num_tokens) for work, num_tokens in others if num_tokens] + outputs
+
+
+def work_in_vain(share: Share) -> Spent:
+    """What a share was computed for whose sequence ended while the step was underway: all of it was on trial."""
+    return Spent(share.sequence.request.id, share.sequence.choice, Work.REJECTED, len(share.tokens))

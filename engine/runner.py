@@ -1,19 +1,34 @@
 """Executes a plan: batch, model, tokens.
 
-Owns the way to the device and back, once a step. Never decides: what to compute is the plan's, what to keep the
-scheduler's. There is no state between two steps but what the model keeps in its cache.
+Owns the way to the device and back, once a step: `launch` gives the device all that it needs, `collect` waits for what
+it brought. Never decides: what to compute is the plan's, what to keep the scheduler's. All that stays between two steps
+is what the model keeps in its cache, and the tokens of the newest step.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine import sampler
 from engine.batch import Batch, build_batch
+from engine.sampler import Drawn
 from engine.scheduler import Plan
 from engine.sequence import Accepted
 from kernels.ops import Ops
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that was launched."""
+
+    plan: Plan
+    _drawn: Drawn | None  # None: the plan is empty
+
+    def collect(self) -> list[Accepted]:
+        """What each share brought, in the plan's order; waits until the device has computed the step."""
+        return self._drawn.accepted() if self._drawn else []
 
 
 class Runner:
@@ -23,12 +38,14 @@ class Runner:
         self._forward = forward
         self._ops = ops
         self._block_size = block_size
-        self._device = device
+        self._drawn = torch.empty(0, dtype=torch.int64, device=device)  # (R,) the tokens of the newest step
 
     @torch.inference_mode()
-    def execute(self, plan: Plan) -> list[Accepted]:
-        """All of the plan is computed; what each share brought, in the plan's order."""
+    def launch(self, plan: Plan) -> Pending:
+        """All of the plan is on its way: a step behind it may be launched before this one is collected."""
         if not plan.shares:
-            return []
-        batch = build_batch(plan.shares, self._block_size, self._device)
-        return sampler.accept(self._ops, self._forward(batch), plan.shares)
+            return Pending(plan, None)
+        logits = self._forward(build_batch(plan.shares, self._block_size, self._drawn))
+        drawn = sampler.draw(self._ops, logits, plan.shares)
+        self._drawn = drawn.tokens
+        return Pending(plan, drawn)

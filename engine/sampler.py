@@ -6,11 +6,11 @@ choosing itself is `Ops.sample`, from logits as `steering.py` leaves them; logpr
 them. Nothing here knows where those come from.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from engine.constraint import ConstraintFailed
@@ -19,22 +19,38 @@ from engine.speculative import verify
 from engine.steering import Edit, steer
 from engine.types import Logprob
 from kernels.ops import Ops, SamplingRow
+from kernels.transfer import Returning, send
 
 UNIFORM_BITS = 53  # what a double holds exactly: the largest uniform is 1 - 2^-53, never 1
 
 
-def accept(ops: Ops, logits: Tensor, shares: list[Share]) -> list[Accepted]:
-    """What each share brings, from its rows of logits (R, V) fp32, which come in the order of the shares.
+@dataclass(frozen=True)
+class Drawn:
+    """What a step has drawn, while it is on its way to the host."""
 
-    A share with a row that is not a number, or with nothing left to choose, brings an error; the others do not notice.
-    """
-    if not len(logits):
-        return [Accepted() for _ in shares]
+    tokens: Tensor  # (R,) int64 where the logits are: what the next step may go on with before the host has them
+    _shares: list[Share]
+    _failures: dict[Sequence, str]
+    _returning: Returning
+
+    def accepted(self) -> list[Accepted]:
+        """What each share brings, in their order; waits for the device.
+
+        A share with a row that is not a number, or with nothing left to choose, brings an error; the others do not
+        notice.
+        """
+        tokens, *logprobs = self._returning.wait()
+        each = iter(tokens.tolist())
+        brought = [_verified(share, list(islice(each, share.num_rows)), self._failures) for share in self._shares]
+        return _with_logprobs(self._shares, brought, logprobs) if logprobs else brought
+
+
+def draw(ops: Ops, logits: Tensor, shares: list[Share]) -> Drawn:
+    """Tokens are drawn from the shares' rows of logits (R, V) fp32, which come in the order of the shares."""
     edits, failures = _edits(shares)
     rows = [row for share in shares for row in sampling_rows(share)]
-    tokens = iter(ops.sample(steer(logits, edits), rows).tolist())
-    brought = [_verified(share, list(islice(tokens, share.num_rows)), failures) for share in shares]
-    return _with_logprobs(ops, logits, shares, brought)
+    tokens = ops.sample(steer(logits, edits), rows)
+    return Drawn(tokens, shares, failures, Returning([tokens, *_logprobs(ops, logits, tokens, shares)]))
 
 
 def sampling_rows(share: Share) -> list[SamplingRow]:
@@ -86,34 +102,35 @@ def _verified(share: Share, sampled: list[int], failures: dict[Sequence, str]) -
     return Accepted(tokens)
 
 
-def _with_logprobs(ops: Ops, logits: Tensor, shares: list[Share], brought: list[Accepted]) -> list[Accepted]:
-    """The accepted tokens of those who asked have their logprobs."""
-    wanted = [share.sequence.request.sampling.num_logprobs for share in shares]
+def _logprobs(ops: Ops, logits: Tensor, tokens: Tensor, shares: list[Share]) -> tuple[Tensor, ...]:
+    """The columns of `Ops.logprobs` for every row of those who asked; none where nobody did."""
     rows: list[int] = []  # into logits
-    chosen: list[int] = []
-    first_row = 0
-    for share, accepted, num_top in zip(shares, brought, wanted, strict=True):
-        if num_top is not None:
-            rows += range(first_row, first_row + len(accepted.tokens))
-            chosen += accepted.tokens
-        first_row += share.num_rows
+    for share in shares:
+        if share.sequence.request.sampling.num_logprobs is not None:
+            rows += range(share.first_logits, share.first_logits + share.num_rows)
     if not rows:
-        return brought
-    num_top_max = max(num_top or 0 for num_top in wanted)
-    lines = iter(_logprobs(ops, logits[rows], chosen, num_top_max))
-    return [
-        accepted
-        if num_top is None
-        else replace(accepted, logprobs=[(own, top[:num_top]) for own, top in islice(lines, len(accepted.tokens))])
-        for accepted, num_top in zip(brought, wanted, strict=True)
-    ]
+        return ()
+    (index,) = send([np.array(rows, dtype=np.int64)], logits.device)
+    num_top = max(share.sequence.request.sampling.num_logprobs or 0 for share in shares)
+    return ops.logprobs(logits[index], tokens[index].clamp(min=0), num_top)  # a row without a token brings an error
 
 
-def _logprobs(ops: Ops, logits: Tensor, chosen: list[int], num_top: int) -> list[TokenLogprobs]:
-    """Of each row's chosen token, and of its `num_top` likeliest ones."""
-    columns = ops.logprobs(logits, torch.tensor(chosen, device=logits.device), num_top)
-    own, top_tokens, top_logprobs = (column.tolist() for column in columns)
-    return [
-        (Logprob(token, logprob), tuple(map(Logprob, tokens, logprobs)))
-        for token, logprob, tokens, logprobs in zip(chosen, own, top_tokens, top_logprobs, strict=True)
-    ]
+def _with_logprobs(shares: list[Share], brought: list[Accepted], columns: list[Tensor]) -> list[Accepted]:
+    """The accepted tokens of those who asked have their logprobs."""
+    lines = zip(*(column.tolist() for column in columns), strict=True)
+    results = []
+    for share, accepted in zip(shares, brought, strict=True):
+        num_top = share.sequence.request.sampling.num_logprobs
+        if num_top is None:
+            results.append(accepted)
+            continue
+        own = list(islice(lines, share.num_rows))  # also of drafts that were not kept
+        pairs = zip(accepted.tokens, own, strict=False)
+        results.append(replace(accepted, logprobs=[_of_token(token, line, num_top) for token, line in pairs]))
+    return results
+
+
+def _of_token(token: int, line: tuple[float, list[int], list[float]], num_top: int) -> TokenLogprobs:
+    """A token's own logprob, and those of the `num_top` likeliest."""
+    own, top_tokens, top_logprobs = line
+    return Logprob(token, own), tuple(map(Logprob, top_tokens[:num_top], top_logprobs))

@@ -20,7 +20,7 @@ from operator import attrgetter
 from engine.blocks import BlockCache
 from engine.config import EngineConfig
 from engine.errors import RequestRefused
-from engine.metering import Spent, work_of
+from engine.metering import Spent, work_in_vain, work_of
 from engine.sequence import Accepted, Sequence, Share
 from engine.speculative import DraftCost, Drafting
 from engine.types import EngineStats, Finished, FinishReason, Request, Token
@@ -34,12 +34,15 @@ class Plan:
 
     budget: int  # tokens that may still be added
     shares: list[Share] = field(default_factory=list)
+    num_rows: int = 0  # of logits
 
     def add(self, sequence: Sequence) -> None:
         """As much of the sequence's pending tokens as the budget allows is part of the step."""
-        share = sequence.share(self.budget)
+        share = sequence.share(self.budget, self.num_rows)
         self.budget -= len(share.tokens)
+        self.num_rows += share.num_rows
         self.shares.append(share)
+        sequence.underway = share
 
 
 @dataclass
@@ -117,7 +120,7 @@ class Scheduler:
         plan = Plan(self._config.tokens_per_step_max)
         # Preemption takes from the list's end while we walk it: a sequence given up is one we have not come to.
         for sequence in self._running:
-            if plan.budget and self._make_room(sequence):
+            if plan.budget and not sequence.is_ending and self._make_room(sequence):
                 plan.add(sequence)
         for sequence in [sequence for sequence in self._waiting if not sequence.is_held]:
             # Strictly in order: if a small one went ahead of a large one that lacks room, the large one would starve.
@@ -125,6 +128,17 @@ class Scheduler:
                 break
             plan.add(sequence)
         return plan
+
+    def plan_ahead(self) -> Plan:
+        """The step behind the one that is underway, whose tokens are not known yet; empty where it must wait for them.
+
+        It must if a sequence cannot go on unseen, or if one would have to give way: the device still writes to its
+        blocks. A sequence whose unknown token turns out to be its last computes in vain.
+        """
+        for sequence in self._running:
+            if not sequence.is_foreseen or not self._blocks.extend(sequence, sequence.length):
+                return Plan(0)
+        return self.plan()
 
     def commit(self, plan: Plan, accepted: list[Accepted]) -> Committed:
         """The plan has been computed and brought these tokens: sequences have grown, and some are over."""
@@ -152,9 +166,9 @@ class Scheduler:
     def _make_room(self, sequence: Sequence) -> bool:
         """A running sequence holds blocks for what it should compute, if need be those of the lowest-ranked one."""
         sequence.draft(self._draft_cost.share(len(self._running)))
-        if sequence.drafts and not self._blocks.extend(sequence, len(sequence.tokens) + len(sequence.drafts)):
+        if sequence.drafts and not self._blocks.extend(sequence, sequence.length + len(sequence.drafts)):
             sequence.drafts = []  # nobody gives way to a trial
-        while not self._blocks.extend(sequence, len(sequence.tokens)):
+        while not self._blocks.extend(sequence, sequence.length):
             lowest = self._running[-1]
             if lowest is sequence:
                 # It keeps its blocks and sits out the step: those above it need no work redone, and may finish.
@@ -192,6 +206,11 @@ class Scheduler:
     def _commit(self, share: Share, brought: Accepted) -> None:
         """One sequence has what its share brought, up to where it ends."""
         sequence = share.sequence
+        if sequence.is_over:
+            self._committed.spent.append(work_in_vain(share))
+            return
+        if sequence.underway is share:
+            sequence.underway = None
         num_kept, reason = (0, FinishReason.FAILED) if brought.error else sequence.ending(brought.tokens)
         self._account(share, num_kept)
         self._committed.tokens += _token_events(sequence, brought, num_kept)

@@ -33,6 +33,7 @@ class Sequence:
     tokens: list[int] = field(init=False)
     steering: Steering | None = field(init=False)  # what the request does to the logits
     drafts: list[int] = field(default_factory=list)  # proposed for the step being planned, empty between steps
+    underway: "Share | None" = None  # its share of the newest step that was launched, until that is committed
     num_computed: int = 0  # tokens in the cache now, whether by work or by a shared prefix
     num_reached: int = 0  # the most that num_computed has ever been: work below it is done again
 
@@ -63,9 +64,34 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def is_awaiting(self) -> bool:
+        """The step underway samples its next token: the device will have it before the host knows it."""
+        return self.underway is not None and self.underway.num_rows > 0
+
+    @property
+    def length(self) -> int:
+        """Its tokens, with the one that it is awaiting."""
+        return len(self.tokens) + self.is_awaiting
+
+    @property
+    def num_begun(self) -> int:
+        """Tokens that whatever is launched next finds in the cache."""
+        return self.underway.stop if self.underway else self.num_computed
+
+    @property
     def num_pending(self) -> int:
         """Tokens to compute until it has caught up; at least 1, for the last token's successor is what is wanted."""
-        return len(self.tokens) + len(self.drafts) - self.num_computed
+        return self.length + len(self.drafts) - self.num_begun
+
+    @property
+    def is_ending(self) -> bool:
+        """The token that it is awaiting is its last, whatever it will be."""
+        return self.length == self.length_max
+
+    @property
+    def is_foreseen(self) -> bool:
+        """What it computes next does not hang on a token that the host does not know yet."""
+        return not (self.is_awaiting and self.steering) or self.is_ending
 
     @property
     def is_held(self) -> bool:
@@ -91,13 +117,16 @@ class Sequence:
             if self.steering:
                 self.drafts = self.steering.allowed(self.tokens, self.drafts)
 
-    def share(self, budget: int) -> "Share":
-        """The next `budget` pending tokens, or all of them."""
-        start = self.num_computed
+    def share(self, budget: int, first_logits: int = 0) -> "Share":
+        """The next `budget` pending tokens, or all of them. `first_logits`: how many rows of logits come before its."""
+        start = self.num_begun
         stop = start + min(self.num_pending, budget)
-        tokens = self.tokens[start:stop]
-        tokens += self.drafts[: stop - start - len(tokens)]
-        return Share(self, start, tokens, num_rows=max(0, stop - (len(self.tokens) - 1)))
+        if self.underway and self.underway.num_rows:
+            tokens = [~self.underway.first_logits]
+        else:
+            tokens = self.tokens[start:stop]
+            tokens += self.drafts[: stop - start - len(tokens)]
+        return Share(self, start, tokens, max(0, stop - (self.length - 1)), first_logits)
 
     def ending(self, tokens: list[int]) -> tuple[int, FinishReason | None]:
         """How many of the tokens to append, and the reason if the last of them ends the sequence."""
@@ -131,13 +160,15 @@ class Share:
     """A sequence's share of one step: compute `tokens`, which stand at `start` and after.
 
     The last `num_rows` of them are those whose successor is not known, so that a token is sampled behind each: none
-    amid a prompt, one when the sequence catches up, one more for each draft.
+    amid a prompt, one when the sequence catches up, one more for each draft. A token that only the device knows stands
+    there as ~r: it was sampled from row r of the logits of the step before.
     """
 
     sequence: Sequence
     start: int
     tokens: list[int]
     num_rows: int
+    first_logits: int = 0  # which of the step's rows of logits is the first of its own
 
     @property
     def stop(self) -> int:

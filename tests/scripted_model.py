@@ -11,6 +11,7 @@ from itertools import pairwise
 from zlib import crc32
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -153,12 +154,24 @@ class Ticks:
         return self.now_ns
 
 
+_loop = {"overlap": False}
+
+
+@pytest.fixture(autouse=True, scope="module", params=[False, True], ids=["in turn", "overlapped"])
+def both_loops(request):
+    """All of a module that imports it runs with steps in turn, and with each planned while the one before runs."""
+    _loop["overlap"] = request.param
+    yield
+    _loop["overlap"] = False
+
+
 def scripted_engine(
     script: Script | None = None, *, context_max: int = 1 << 12, clock: Callable[[], int] | None = None, **settings
 ) -> ScriptedEngine:
     """An engine of the named EngineConfig settings; a cache of 1024 tokens unless they say otherwise."""
     script = script or Script()
-    config = EngineConfig(**{"cache_tokens": 1024, **settings})
+    overlap = "on" if _loop["overlap"] and not settings.get("drafts_max") else "off"
+    config = EngineConfig(**{"cache_tokens": 1024, "overlap": overlap, **settings})
     num_blocks = config.cache_tokens // config.block_size
     context_max = min(context_max, config.cache_tokens)
     blocks = BlockCache(num_blocks, config.block_size)
@@ -168,4 +181,9 @@ def scripted_engine(
     capacity = Capacity(
         cache_tokens=config.cache_tokens, context_max=context_max, vocab_size=script.vocab_size, eos_token_ids=()
     )
-    return ScriptedEngine(Core(scheduler, runner, Meter(clock or Ticks()), capacity), scheduler, blocks, model)
+    return ScriptedEngine(
+        Core(scheduler, runner, Meter(clock or Ticks()), capacity, overlap=config.overlap == "on"),
+        scheduler,
+        blocks,
+        model,
+    )

@@ -108,6 +108,7 @@ class TestWhereSettingsComeFrom:
             tokens_per_step_max=256,
             sequences_max=8,
             drafts_max=2,
+            overlap="off",
         )
         start._build(changed, Path())
         for name, default in flat(Engine()):

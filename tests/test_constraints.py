@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.constraint import Constraint, ConstraintFailed
 from engine.types import FinishReason, Request, Sampling
 from schemas.requests import Regex
-from tests.scripted_model import Script, scripted_engine
+from tests.scripted_model import Script, both_loops, scripted_engine  # noqa: F401
 from tests.test_grammar import DATE, END, PERSON, schema
 from tests.test_interruption import FOR_EVER, live
 from tests.test_scheduler import request, run

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import kernels.cpu
-from engine.sampler import accept
+from engine.sampler import draw
 from engine.sequence import Sequence
 from engine.speculative import Drafting
 from engine.types import Request, Sampling
@@ -95,7 +95,7 @@ def drawn(ops: Ops, logits: torch.Tensor, sampling: Sampling, num_choices: int =
         sequence.tokens += OUTPUT
         sequence.reach(len(sequence.tokens) - 1)
         shares.append(sequence.share(1))
-    tokens = [brought.tokens[0] for brought in accept(ops, logits.expand(len(shares), -1), shares)]
+    tokens = [brought.tokens[0] for brought in draw(ops, logits.expand(len(shares), -1), shares).accepted()]
     return np.array(tokens)
 
 

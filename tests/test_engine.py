@@ -122,12 +122,19 @@ def test_drafts_change_nothing(shape, expected):
     assert sum(f.usage.num_drafted for f in finished) > sum(f.usage.num_accepted for f in finished) > 0
 
 
+@each_way
+def test_steps_ahead_change_nothing(shape, expected):
+    tight = {"cache_tokens": 112, "tokens_per_step_max": 16, "sequences_max": 4}
+    assert greedy(engine(shape, overlap="on", **tight))[0] == expected
+
+
 def test_all_at_once_they_change_nothing(shape, expected):
     settings = {"cache_tokens": 112, "tokens_per_step_max": 16, "sequences_max": 4, "drafts_max": 3, "draft_cost": 0.0}
     assert greedy(engine(shape, **settings))[0] == expected
 
 
-def test_in_a_batch_of_32_one_whose_logits_are_not_finite_fails_alone(checkpoint, monkeypatch):
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_in_a_batch_of_32_one_whose_logits_are_not_finite_fails_alone(checkpoint, monkeypatch, overlap):
     dice = random.Random(5)
     requests = [
         Request(
@@ -137,28 +144,31 @@ def test_in_a_batch_of_32_one_whose_logits_are_not_finite_fails_alone(checkpoint
         )
         for number in range(32)
     ]
-    settings = {"sequences_max": 32, "tokens_per_step_max": 512}
+    settings = {"sequences_max": 32, "tokens_per_step_max": 512, "overlap": overlap}
     clean, _ = run(engine(checkpoint, **settings), *requests)
     guilty, num_steps = 17, 0
-    accept = sampler.accept
+    draw = sampler.draw
 
-    def accept_spoilt(ops, logits, shares):
+    def draw_spoilt(ops, logits, shares):
         nonlocal num_steps
         num_steps += 1
         rows = [share.sequence.request.id for share in shares for _ in range(share.num_rows)]
         if num_steps == 5:
             logits[rows.index(guilty), 3] = torch.nan
-        return accept(ops, logits, shares)
+        return draw(ops, logits, shares)
 
-    monkeypatch.setattr(sampler, "accept", accept_spoilt)
+    monkeypatch.setattr(sampler, "draw", draw_spoilt)
     outputs, finished = run(engine(checkpoint, **settings), *requests)
     assert [number for (number, _), end in finished.items() if end.reason is FinishReason.FAILED] == [guilty]
     assert len(outputs[guilty, 0]) == 4
     assert all(outputs[number, 0] == clean[number, 0] for number in range(32) if number != guilty)
 
 
-@pytest.mark.parametrize("drafts_max", [0, 3])
-def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(checkpoint, drafts_max):
+WAYS = [{}, {"drafts_max": 3, "draft_cost": 0.0}, {"overlap": "on"}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(checkpoint, way):
     asked = Request(
         id=50,
         prompt=tuple(PROMPTS[3]),
@@ -169,8 +179,8 @@ def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(checkpoint, drafts
         for number, prompt in enumerate(PROMPTS)
     ]
     alone = run(engine(checkpoint), asked)[0]
-    tight = {"cache_tokens": 160, "tokens_per_step_max": 24, "sequences_max": 5, "draft_cost": 0.0}
-    crowded = run(engine(checkpoint, drafts_max=drafts_max, **tight), *beside, asked)[0]
+    tight = {"cache_tokens": 160, "tokens_per_step_max": 24, "sequences_max": 5}
+    crowded = run(engine(checkpoint, **way, **tight), *beside, asked)[0]
     assert crowded[50, 0] == alone[50, 0]
     assert crowded[50, 1] == alone[50, 1]
     assert alone[50, 0] != alone[50, 1]
@@ -181,13 +191,13 @@ def own_logprobs(tokens: list[Token]) -> list[float]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("drafts_max", [0, 3])
-def test_another_engine_goes_on_as_the_interrupted_one_would_have(checkpoint, temperature, drafts_max):
+@pytest.mark.parametrize("way", WAYS)
+def test_another_engine_goes_on_as_the_interrupted_one_would_have(checkpoint, temperature, way):
     """With the tokens, the random numbers and the log probabilities of an engine that nobody interrupted."""
     sampling = Sampling(tokens_max=40, temperature=temperature, seed=9, num_choices=2, num_logprobs=2)
     asked = Request(id=0, prompt=tuple(PROMPTS[3]), sampling=sampling)
     whole = run(engine(checkpoint), asked)[0]
-    core = engine(checkpoint, drafts_max=drafts_max, draft_cost=0.0)
+    core = engine(checkpoint, **way)
     core.submit(asked)
     results = [core.step() for _ in range(9)]
     core.interrupt()
@@ -199,7 +209,7 @@ def test_another_engine_goes_on_as_the_interrupted_one_would_have(checkpoint, te
         Progress(tokens=tuple(token.token for token in before[end.choice]), usage=end.usage)
         for end in results[-1].finished
     )
-    other = engine(checkpoint, drafts_max=drafts_max, draft_cost=0.0)
+    other = engine(checkpoint, **way)
     after, finished = run(other, msgspec.structs.replace(asked, progress=progress))
     for choice in (0, 1):
         assert before[choice]
@@ -212,9 +222,10 @@ def test_another_engine_goes_on_as_the_interrupted_one_would_have(checkpoint, te
         assert finished[0, choice].usage.num_output == 40
 
 
-def test_logprobs_are_those_of_the_tokens_and_come_in_order(checkpoint):
+@pytest.mark.parametrize("way", WAYS)
+def test_logprobs_are_those_of_the_tokens_and_come_in_order(checkpoint, way):
     sampling = Sampling(tokens_max=5, num_logprobs=3)
-    tokens = run(engine(checkpoint), Request(id=0, prompt=(1, 2, 3), sampling=sampling))[0][0, 0]
+    tokens = run(engine(checkpoint, **way), Request(id=0, prompt=(1, 2, 3), sampling=sampling))[0][0, 0]
     for token in tokens:
         assert len(token.top_logprobs) == 3
         assert token.logprob == token.top_logprobs[0]  # greedy

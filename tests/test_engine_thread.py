@@ -8,7 +8,7 @@ import pytest
 from engine.errors import RequestRefused
 from engine.thread import EngineThread
 from engine.types import FinishReason, Request, Sampling, StepResult
-from tests.scripted_model import Script, scripted_engine
+from tests.scripted_model import Script, both_loops, scripted_engine  # noqa: F401
 
 TIMEOUT_S = 10  # for what takes milliseconds, on a machine that may be busy
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.metering import Meter, Spent, apportion, work_of
+from engine.metering import Meter, Spent, apportion, work_in_vain, work_of
 from engine.sequence import Sequence
 from engine.speculative import Drafting
 from engine.types import Request, Sampling, Work
@@ -106,3 +106,7 @@ def test_a_preempted_prompt_is_part_recomputed_part_prompt():
 
 def test_work_that_brought_nothing_was_rejected():
     assert work_of(share_of([1] * 9, [2, 3], [], 10, 10, 99), 0) == [spent(Work.REJECTED, 1)]
+
+
+def test_a_share_whose_sequence_had_ended_was_rejected_whatever_it_was():
+    assert work_in_vain(share_of([1] * 9, [], [], 2, 5, 99)) == spent(Work.REJECTED, 7)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.sampler import accept
+from engine.sampler import draw
 from engine.sequence import Sequence
 from engine.speculative import Drafting
 from engine.steering import Steering, steer, steering_of
@@ -107,14 +107,14 @@ def test_logits_that_are_not_finite_are_not_hidden_by_a_ban_or_a_penalty(value):
     logits = torch.randn(1, V)
     logits[0, 3] = value
     share = sequence(sampling, [3]).share(1)
-    assert accept(reference.OPS, logits, [share])[0].error
+    assert draw(reference.OPS, logits, [share]).accepted()[0].error
 
 
 def test_logprobs_are_the_models_own_whatever_is_biased():
     logits = torch.randn(1, V)
     likeliest, other = int(logits.argmax()), int(logits.argmin())
     share = sequence(Sampling(tokens_max=4, logit_bias=((other, 100.0),), num_logprobs=1), [1]).share(1)
-    brought = accept(reference.OPS, logits, [share])[0]
+    brought = draw(reference.OPS, logits, [share]).accepted()[0]
     assert brought.tokens == [other]
     assert brought.logprobs is not None
     own, (top,) = brought.logprobs[0]

@@ -198,6 +198,8 @@ class Engine:
     """Sequences computed in one step."""
     drafts_max: Annotated[int, between(0, 64)] = 0
     """Tokens drafted ahead for a sequence; 0: none."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Plan a step while the one before runs; auto: on a GPU, without drafts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,7 @@ def _build(settings: Engine, folder: Path) -> Core:
                 tokens_per_step_max=settings.tokens_per_step_max,
                 sequences_max=settings.sequences_max,
                 drafts_max=settings.drafts_max,
+                overlap=settings.overlap,
             ),
             folder,
         )
