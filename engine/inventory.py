@@ -20,9 +20,14 @@ from engine.models.parameters import Parameter, Shapes, has_format, parameters
 from engine.models.spec import Mixture
 from engine.quant import DENSE_FORMATS, FORMATS
 
-# Bits of a weight as backends keep it, by layout: int4 in groups of 32, whatever its groups were. Others are unpacked.
-LOADED_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 5}
-WIDE_INT4_BITS = 4.5  # on a CPU, in groups of a multiple of 64
+# Bits of a weight as a device's backend keeps it, by layout, its scales apart. Others are unpacked.
+LOADED_BITS: Mapping[str, Mapping[str, int]] = {
+    "cpu": {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4},
+    "cuda": {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8},
+}
+# The groups of int4 that have a scale and a zero of their own, the largest that divides the weight's.
+INT4_GROUPS = {"cpu": (64, 32), "cuda": (32,)}
+SCALE_BITS = {"int4": 32, "fp8": 32}  # of a group
 
 # What a parameter is a part of, by the beginning or the end of its role. The first that fits.
 KINDS = {
@@ -68,8 +73,8 @@ def take_inventory(path: Path, *, weights: str, cache: str, device: str, memory_
     dtype = activation_dtype(where)
     with open_checkpoint(path) as (spec, checkpoint):
         shapes = parameters(spec)
-        bits = _bits(spec, shapes, checkpoint, weights, dtype)
-        loaded_bytes = _loaded_bytes(spec, shapes, bits, LOADED_BITS[DENSE_FORMATS[dtype]])
+        bits = _bits(spec, shapes, checkpoint, weights, where.type)
+        loaded_bytes = _loaded_bytes(spec, shapes, bits, LOADED_BITS[where.type][DENSE_FORMATS[dtype]])
         cache_bytes = bytes_per_block(spec, 1, cache_dtype(cache, dtype))
         return Inventory(
             kinds=tuple(_kinds(shapes, checkpoint)),
@@ -105,9 +110,7 @@ def _active(spec: ModelSpec, shapes: Shapes) -> int:
     return total
 
 
-def _bits(
-    spec: ModelSpec, shapes: Shapes, checkpoint: Checkpoint, weights: str, dtype: torch.dtype
-) -> Mapping[str, float]:
+def _bits(spec: ModelSpec, shapes: Shapes, checkpoint: Checkpoint, weights: str, device: str) -> Mapping[str, float]:
     """What a weight takes in memory, by role, of those that have a format: by the first matrix of each."""
     if weights not in (AUTO, *FORMATS):
         raise ModelError(f"weights {weights!r} is not one of {', '.join((AUTO, *FORMATS))}")
@@ -117,20 +120,25 @@ def _bits(
             continue
         if weights == AUTO:
             kept = checkpoint.take(parameter)
-            bits[parameter.role] = _bits_of(kept.layout, shape[1] // kept.num_groups, dtype)
+            bits[parameter.role] = _bits_of(kept.layout, shape[1], kept.num_groups, device)
         else:
             made = FORMATS[weights]
-            bits[parameter.role] = _bits_of(made.layout, shape[1] // made.num_groups(shape[1]), dtype)
-    head = DENSE_FORMATS[dtype] if weights == AUTO else FORMATS[FORMATS[weights].head].layout
+            bits[parameter.role] = _bits_of(made.layout, shape[1], made.num_groups(shape[1]), device)
+    head = DENSE_FORMATS[activation_dtype(torch.device(device))] if weights == AUTO else FORMATS[weights].head
     if weights != AUTO or spec.tied_embeddings:
-        bits["head"] = LOADED_BITS[head]
+        bits["head"] = _bits_of(FORMATS[head].layout, spec.hidden_size, 1, device)
     return bits
 
 
-def _bits_of(layout: str, group: int, dtype: torch.dtype) -> float:
-    if layout == "int4" and group % 64 == 0 and dtype == torch.float32:  # a CPU's
-        return WIDE_INT4_BITS
-    return LOADED_BITS.get(layout, LOADED_BITS[DENSE_FORMATS[dtype]])
+def _bits_of(layout: str, num_in: int, num_groups: int, device: str) -> float:
+    """Of a weight whose rows are in groups, the scales included where there are more than one for a row."""
+    bits = LOADED_BITS[device]
+    if layout not in bits:
+        return bits[DENSE_FORMATS[activation_dtype(torch.device(device))]]
+    group = -(-num_in // num_groups)
+    if layout == "int4":
+        group = next(size for size in INT4_GROUPS[device] if group % size == 0)
+    return bits[layout] + (SCALE_BITS.get(layout, 0) / group if num_groups > 1 else 0)
 
 
 def _loaded_bytes(spec: ModelSpec, shapes: Shapes, bits: Mapping[str, float], dense_bits: int) -> int:

@@ -64,6 +64,16 @@ class Attention(Protocol):
         ...
 
 
+class ClampedSwiGlu(Protocol):
+    """gate * sigmoid(alpha * gate) * (up + 1), after both are clamped: gate to at most `limit`, up to within plus and
+    minus `limit`.
+    """
+
+    def __call__(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        """Gate and up (T, 2 I) -> (T, I)."""
+        ...
+
+
 class Route(Protocol):
     """The choice of experts: logits (T, E) -> (weights (T, K) fp32, experts (T, K) int64).
 
@@ -90,7 +100,9 @@ class Experts(Protocol):
     """The routed feed-forwards: x (T, C), weights (T, K), experts (T, K) -> (T, C).
 
     gate_up[e] and down[e] are prepared matrices (2 I, C) and (C, I) of expert e, stacked, and multiplied by `linear`,
-    with `activation` (T, 2 I) -> (T, I) between. gate_up_bias (E, 2 I) and down_bias (E, C), both or neither.
+    with `activation` (T, 2 I) -> (T, I) between: the table's `swiglu`, a `partial` of its `clamped_swiglu` with alpha
+    and limit by name, or any function, which no backend can fuse. gate_up_bias (E, 2 I) and down_bias (E, C), both or
+    neither.
     """
 
     def __call__(
@@ -154,10 +166,7 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     """(gate and up side by side (T, 2 I)) -> silu(gate) * up (T, I)."""
 
-    clamped_swiglu: Callable[[Tensor, float, float], Tensor]
-    """(gate and up (T, 2 I), alpha, limit) -> gate * sigmoid(alpha * gate) * (up + 1) (T, I), after both are clamped:
-    gate to at most `limit`, up to within plus and minus `limit`.
-    """
+    clamped_swiglu: ClampedSwiGlu
 
     route: Route
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import weights
-from kernels.cache import by_slot, bytes_of, decode, encode, kept_size
+from kernels.cache import FP8_MAX, by_slot, bytes_of, decode, encode, kept_size
 from kernels.ops import AttentionBatch, Linear, Ops, SamplingRow, WeightKernel
 
 ACTIVATION_GROUP = 64  # neighbours along `in` that share a scale: docs/decisions/0016-rows-quantized-on-cpu.md
@@ -216,6 +216,20 @@ def quantize_rows(x: Tensor) -> Tensor:
     per_level = torch.full_like(magnitude, 127.0) / magnitude  # `127 / magnitude` would round twice
     levels = (groups * torch.where(magnitude == 0, 0.0, per_level)).round()
     return (levels * (magnitude / 127.0)).flatten(1)[:, : x.shape[1]]
+
+
+def quantize_rows_fp8(x: Tensor) -> Tensor:
+    """What a backend that multiplies e4m3 makes of activations (T, in): e4m3 of each group, scaled to reach 448; fp32.
+
+    A group is 128 neighbours of a row, or what is left of it: docs/decisions/0028-fp8-by-fp8-on-triton.md. A group with
+    anything not finite is all NaN.
+    """
+    padded = functional.pad(x.float(), (0, -x.shape[1] % weights.FP8_GROUP))
+    groups: Tensor = padded.unflatten(1, (-1, weights.FP8_GROUP))  # type: ignore[no-untyped-call]
+    magnitude = groups.abs().amax(-1, keepdim=True)  # (T, groups, 1)
+    per_level = torch.full_like(magnitude, FP8_MAX) / magnitude
+    levels = (groups * torch.where(magnitude == 0, 0.0, per_level)).to(torch.float8_e4m3fn).float()
+    return (levels * (magnitude / FP8_MAX)).flatten(1)[:, : x.shape[1]]
 
 
 def _unpacked(dequantize: Callable[[weights.Parts], Tensor]) -> WeightKernel:

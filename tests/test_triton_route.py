@@ -30,9 +30,19 @@ def test_route_is_the_definitions(num_experts: int, num_chosen: int, renormalise
     torch.testing.assert_close(actual[0], expected[0])
 
 
-def test_experts_in_groups_are_the_definitions() -> None:
-    logits = torch.randn(4, 16)
-    actual, expected = (table.route(logits, 3, "softmax", True, 1.0, 4, 2) for table in (OPS, reference.OPS))
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(
+    ("num_experts", "num_chosen", "num_groups", "groups_chosen"), [(16, 3, 4, 2), (60, 6, 5, 3), (160, 6, 8, 3)]
+)
+def test_experts_in_groups_are_the_definitions(
+    num_experts: int, num_chosen: int, num_groups: int, groups_chosen: int, renormalise: bool, score: str
+) -> None:
+    logits = torch.randn(4, num_experts).bfloat16()  # of which many are equal
+    actual, expected = (
+        table.route(logits, num_chosen, score, renormalise, 16.0, num_groups, groups_chosen)
+        for table in (OPS, reference.OPS)
+    )
     assert torch.equal(actual[1], expected[1])
     torch.testing.assert_close(actual[0], expected[0])
 
@@ -40,5 +50,6 @@ def test_experts_in_groups_are_the_definitions() -> None:
 def test_logits_that_are_not_numbers_choose_experts_that_there_are() -> None:
     logits = torch.full((2, 5), torch.nan)
     logits[1, 3] = 1.0
-    _, experts = OPS.route(logits, 2, "softmax", True)
-    assert ((experts >= 0) & (experts < 5)).all()
+    for num_groups in (1, 5):
+        _, experts = OPS.route(logits, 2, "softmax", True, 1.0, num_groups, min(num_groups, 2))
+        assert ((experts >= 0) & (experts < 5)).all()

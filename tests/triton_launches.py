@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, SamplingRow
-from kernels.triton import attention, elementwise, products, route, sample
-from kernels.triton.weights import Matrices
+from kernels.triton import OPS, attention, elementwise, products, route, sample
+from kernels.triton.weights import INT4_DEPTHS, Matrices
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -80,6 +80,7 @@ class Mixture:
 MIXTRAL_EXPERTS = Mixture(4096, 14336, 8, 2)
 QWEN3_EXPERTS = Mixture(2048, 768, 128, 8)
 V2_LITE_EXPERTS = Mixture(2048, 1408, 64, 6)
+GPT_OSS_EXPERTS = Mixture(2880, 2880, 32, 4)
 
 
 def matrices(format: str, num: int, num_out: int, num_in: int) -> Matrices:
@@ -90,19 +91,26 @@ def matrices(format: str, num: int, num_out: int, num_in: int) -> Matrices:
         case "int8":
             values, scales = tensor(num, num_out, num_in, dtype=torch.int8), tensor(num, num_out, dtype=torch.float32)
         case "int4":
-            values = tensor(num, num_in // 128, num_out, 16, dtype=torch.int32)
-            scales = tensor(num, num_in // 128, num_out, 4, dtype=torch.int32)
-    return Matrices(format, values, scales, num_out, num_in)
+            depth = next(depth for depth in INT4_DEPTHS if num_in % depth == 0)
+            values = tensor(num, num_in // depth, num_out, depth // 8, dtype=torch.int32)
+            scales = tensor(num, num_in // depth, num_out, depth // 32, dtype=torch.int32)
+        case "fp8" | "fp8-blocks":
+            values = tensor(num, num_out, num_in, dtype=torch.float8_e4m3fn)
+            groups = (num_in // 128,) if format == "fp8-blocks" else ()
+            scales = tensor(num, *groups, num_out, dtype=torch.float32)
+    return Matrices(format.removesuffix("-blocks"), values, scales, num_out, num_in)
 
 
-def mix(mixture: Mixture, format: str, num_tokens: int) -> None:
-    """The feed-forward of one layer."""
+def mix(mixture: Mixture, format: str, num_tokens: int, *, is_clamped: bool = False) -> None:
+    """The feed-forward of one layer; GPT-OSS's gate comes with biases."""
     gate_up = matrices(format, mixture.num_experts, 2 * mixture.intermediate, mixture.hidden)
     down = matrices(format, mixture.num_experts, mixture.hidden, mixture.intermediate)
     chosen = tensor(num_tokens, mixture.num_chosen, dtype=torch.int64)
     chosen_weights = tensor(num_tokens, mixture.num_chosen, dtype=torch.float32)
     x = tensor(num_tokens, mixture.hidden)
-    products.experts(x, chosen_weights, chosen, gate_up, down, products.linear, elementwise.swiglu)
+    activation = partial(OPS.clamped_swiglu, alpha=1.702, limit=7.0) if is_clamped else elementwise.swiglu
+    biases = [tensor(mixture.num_experts, one.num_out) if is_clamped else None for one in (gate_up, down)]
+    products.experts(x, chosen_weights, chosen, gate_up, down, products.linear, activation, *biases)
 
 
 def multiply(format: str, num_tokens: int, num_out: int, num_in: int) -> None:
@@ -138,7 +146,13 @@ LAUNCHES: Mapping[str, Callable[[], object]] = {
     "int8 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int8", 512),
     "bf16 experts of 8 tokens, DeepSeek-V2-Lite": partial(mix, V2_LITE_EXPERTS, "bf16", 8),
     "bf16 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "bf16", 512),
+    "bf16 experts of 8 tokens, GPT-OSS": partial(mix, GPT_OSS_EXPERTS, "bf16", 8, is_clamped=True),
+    "fp8 experts of 1 token, Qwen3-30B-A3B": partial(mix, QWEN3_EXPERTS, "fp8-blocks", 1),
+    "fp8 experts of 64 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "fp8", 64),
+    "fp8 experts of 64 tokens in blocks, Mixtral": partial(mix, MIXTRAL_EXPERTS, "fp8-blocks", 64),
+    "fp8 experts of 1024 tokens in blocks, Mixtral": partial(mix, MIXTRAL_EXPERTS, "fp8-blocks", 1024),
     "route, Qwen3-30B-A3B": partial(route.route, tensor(8, 128), 8, "softmax", True),
+    "route, DeepSeek-V2": partial(route.route, tensor(8, 160), 6, "softmax", False, 16.0, 8, 3),
     "sample, Qwen3-30B-A3B": partial(choose, 151_936),
     "int4 matrix, 1 token": partial(multiply, "int4", 1, 5120, 2048),
     "int4 matrix, 512 tokens": partial(multiply, "int4", 512, 5120, 2048),

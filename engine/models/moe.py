@@ -4,6 +4,7 @@ Owns which matrices are the router, the experts and the shared expert. Choosing 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -81,8 +82,7 @@ def _biases(weights: Weights, layer: int, spec: Mixture, *fused: str) -> Tensor 
 def _activation(clamp: Clamp | None, ops: Ops) -> Callable[[Tensor], Tensor]:
     if clamp is None:
         return ops.swiglu
-    alpha, limit = clamp.alpha, clamp.limit
-    return lambda gate_up: ops.clamped_swiglu(gate_up, alpha, limit)
+    return partial(ops.clamped_swiglu, alpha=clamp.alpha, limit=clamp.limit)  # a backend can see what it is
 
 
 class _Shared:

@@ -22,8 +22,8 @@ def route(
     num_groups: int = 1,
     groups_chosen: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """As the definition, which serves experts in groups."""
-    if num_groups > 1 or score not in SCORES:
+    """As the definition, which also refuses an unknown score."""
+    if score not in SCORES:
         return reference.route(logits, num_chosen, score, renormalise, scale, num_groups, groups_chosen)
     num_tokens, num_experts = logits.shape
     weights = torch.empty(num_tokens, num_chosen, dtype=torch.float32, device=logits.device)
@@ -35,10 +35,12 @@ def route(
             experts,
             logits.stride(0),
             num_experts,
+            num_experts // num_groups,
             scale,
             SCORE=score,
             RENORMALISE=renormalise,
             CHOSEN=num_chosen,
+            GROUPS_CHOSEN=groups_chosen if num_groups > 1 else 0,
             PLACES=triton.next_power_of_2(num_chosen),
             EXPERTS=triton.next_power_of_2(num_experts),
             num_warps=1,
@@ -53,10 +55,12 @@ def _route(
     experts,
     stride,
     num_experts,
+    group_size,
     scale,
     SCORE: tl.constexpr,
     RENORMALISE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    GROUPS_CHOSEN: tl.constexpr,
     PLACES: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
@@ -75,10 +79,14 @@ def _route(
     chosen = tl.zeros((PLACES,), tl.int32)
     weight = tl.zeros((PLACES,), tl.float32)
     left = there  # not chosen yet
+    if GROUPS_CHOSEN > 0:
+        others = there  # of groups that are not chosen
+        for _ in tl.static_range(GROUPS_CHOSEN):
+            best = _largest(logit, others, expert, num_experts, EXPERTS) // group_size  # the lower group on ties
+            others &= expert // group_size != best
+        left = there & ~others
     for choice in tl.static_range(CHOSEN):
-        largest = tl.max(tl.where(left, logit, float("-inf")), 0)
-        first = tl.min(tl.where(left & (logit == largest), expert, EXPERTS), 0)  # the lower expert on ties
-        first = tl.minimum(first, num_experts - 1)  # where logits are NaN: some expert that there is
+        first = _largest(logit, left, expert, num_experts, EXPERTS)
         left &= expert != first
         chosen = tl.where(place == choice, first, chosen)
         weight = tl.where(place == choice, tl.sum(tl.where(expert == first, scores, 0.0), 0), weight)
@@ -87,3 +95,11 @@ def _route(
     target = token * CHOSEN + place
     tl.store(weights + target, weight * scale, mask=place < CHOSEN)
     tl.store(experts + target, chosen.to(tl.int64), mask=place < CHOSEN)
+
+
+@triton.jit
+def _largest(logit, left, expert, num_experts, EXPERTS: tl.constexpr):
+    # The expert of the largest logit among those left, the lower one on ties.
+    largest = tl.max(tl.where(left, logit, float("-inf")), 0)
+    first = tl.min(tl.where(left & (logit == largest), expert, EXPERTS), 0)
+    return tl.minimum(first, num_experts - 1)  # where logits are NaN: some expert that there is

@@ -1,7 +1,7 @@
 """Weights as the products read them, and how a tile of them becomes bf16 in registers.
 
-Owns the layouts. bf16 and int8 stay (out, in). int4 is stored in the order in which the matrix instruction wants its
-operand in registers, so that a thread reads 16 bytes at once and no byte changes place:
+Owns the layouts. bf16, int8 and fp8 stay (out, in). int4 is stored in the order in which the matrix instruction wants
+its operand in registers, so that a thread reads 16 bytes at once and no byte changes place:
 
     words   (in / DEPTH, out, DEPTH / 8) int32: of a row, word t * DEPTH / 32 + g (t = 0..3) holds the levels at
             32 g + 16 s + 8 h + 2 t + l of a block of DEPTH inputs, each in the 4 bits from 4 (2 s + h) + 16 l on. The
@@ -29,9 +29,11 @@ INT4_DEPTHS = (128, 64, 32)  # the largest that divides `in`: 128 gives a thread
 class Matrices(Sequence["Matrices"]):
     """E matrices (out, in) of one format; of a layer's experts, or one alone. As a sequence: each by itself."""
 
-    format: str  # "bf16", "int8" or "int4"
-    values: Tensor  # (E, out, in) bf16 or int8; (E, in / DEPTH, out, DEPTH / 8) int32
-    scales: Tensor  # bf16: the values again, and not read; int8: (E, out) fp32; int4: as above, for each of the E
+    format: str  # "bf16", "int8", "int4" or "fp8"
+    values: Tensor  # (E, out, in) bf16, int8 or e4m3; (E, in / DEPTH, out, DEPTH / 8) int32
+    # bf16: the values again, and not read; int8, fp8: (E, out) fp32; fp8 in groups: (E, in / 128, out) fp32;
+    # int4: as above, for each of the E
+    scales: Tensor
     num_out: int
     num_in: int
 
@@ -57,6 +59,13 @@ def prepare_bf16(parts: Mapping[str, Tensor]) -> Matrices:
 def prepare_int8(parts: Mapping[str, Tensor]) -> Matrices:
     """From the parts of `int8`."""
     return Matrices("int8", parts["q"].contiguous()[None], parts["scale"].float()[None], *parts["q"].shape)
+
+
+def prepare_fp8(parts: Mapping[str, Tensor]) -> Matrices:
+    """From the parts of `fp8`."""
+    scale = parts["scale"].float()  # (out, groups)
+    scales = scale.T.contiguous() if scale.shape[1] > 1 else scale[:, 0]
+    return Matrices("fp8", parts["q"].contiguous()[None], scales[None], *parts["q"].shape)
 
 
 def prepare_int4(parts: Mapping[str, Tensor]) -> Matrices:
@@ -134,17 +143,18 @@ def tile(
     EVEN: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Rows `row` (OUTPUTS,) of one matrix, inputs block * DEPTH and on: (OUTPUTS, DEPTH) bf16, 0 beyond num_in.
+    """Rows `row` (OUTPUTS,) of one matrix, inputs block * DEPTH and on: (OUTPUTS, DEPTH), 0 beyond num_in.
 
-    The rows must be there. int8 is without its scales, which belong to the sums.
+    As the product's operand: e4m3 of fp8, else bf16. The rows must be there. int8 and fp8 are without their scales,
+    which belong to the sums.
     """
     if FORMAT == "int4":
         word, pairs = _int4_words(values, scales, row, num_out, block, DEPTH)
         return _widen_int4(word, pairs, row.shape[0], DEPTH, ASM)
     column = block * DEPTH + tl.arange(0, DEPTH)[None, :]
     address = values + row.to(tl.int64)[:, None] * num_in + column
-    weight = tl.load(address) if EVEN else tl.load(address, mask=column < num_in, other=0)
-    return weight.to(tl.bfloat16)
+    weight = tl.load(address) if EVEN else tl.load(address, mask=column < num_in, other=0.0)
+    return weight if FORMAT == "fp8" else weight.to(tl.bfloat16)
 
 
 @triton.jit
