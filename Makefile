@@ -71,7 +71,7 @@ bench-cpu: $(STAMP) ## Run our engine and its peers (vLLM, llama.cpp, transforme
 bench-engine: $(STAMP) ## Measure the engine alone on this CPU: growth, overhead, prefixes, first tokens, the cost of a completion
 	@$(BIN)/python -m benchmarks.engine
 
-speculation: $(STAMP) ## Measure what drafts cost and bring on real text, with the demo model; two minutes
+speculation: $(STAMP) ## Measure what each drafter costs and brings on real text, with the demo model; a quarter of an hour
 	@$(BIN)/python -m benchmarks.speculation
 
 gpu: ## On a machine with a GPU, torch and Triton: check and time the kernels; FOLDER=... for the results

@@ -24,6 +24,8 @@ from engine.blocks import BlockCache
 from engine.build import build
 from engine.config import EngineConfig
 from engine.core import Core
+from engine.drafting import Drafting
+from engine.lookup import PromptLookup
 from engine.metering import Meter
 from engine.runner import Runner
 from engine.scheduler import Scheduler
@@ -171,9 +173,10 @@ def without_model(num_sequences: int) -> Core:
         EngineConfig(sequences_max=num_sequences),
         Capacity(cache_tokens=num_sequences * 256, context_max=256, vocab_size=VOCAB_SIZE, eos_token_ids=()),
     )
-    scheduler = Scheduler(config, BlockCache(capacity.cache_tokens // config.block_size, config.block_size), 256)
+    blocks = BlockCache(capacity.cache_tokens // config.block_size, config.block_size)
+    drafting = Drafting(PromptLookup(), blocks, drafts_max=0)
     runner = Runner(lambda batch: torch.zeros(len(batch.rows), 2), pick("cpu"), config.block_size, torch.device("cpu"))
-    core = Core(scheduler, runner, Meter(), capacity)
+    core = Core(Scheduler(config, blocks, 256), drafting, runner, Meter(), capacity)
     core.meter.start()
     return core
 
@@ -186,7 +189,11 @@ def main() -> None:
     asked = parser.parse_args()
     folder = checkpoints.make(asked.home / "models", MODEL)
     config = EngineConfig(
-        weights=asked.weights, cache_tokens=CACHE_TOKENS, tokens_per_step_max=TOKENS_PER_STEP, sequences_max=128
+        weights=asked.weights,
+        cache_tokens=CACHE_TOKENS,
+        tokens_per_step_max=TOKENS_PER_STEP,
+        sequences_max=128,
+        drafts_max=0,  # random weights repeat themselves as no text does
     )
     bench = Bench(build(config, folder))
     bench.core.meter.start()

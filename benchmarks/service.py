@@ -247,7 +247,8 @@ class Bench:
     """One engine and one broker, and the two ways through them."""
 
     def __init__(self, folder: Path, brokers: str, threads: int) -> None:
-        config = EngineConfig(device="cpu", threads=threads, cache_tokens=CACHE_TOKENS)
+        # Without drafts: both ways take the same steps.
+        config = EngineConfig(device="cpu", threads=threads, cache_tokens=CACHE_TOKENS, drafts_max=0)
         self.core = build(config, folder)
         self.tokenizer = load_tokenizer(folder)
         self._folder = folder

@@ -17,7 +17,6 @@ import torch
 from engine.constraint import Constraint
 from engine.sampler import draw
 from engine.sequence import Sequence, Share
-from engine.speculative import Drafting
 from engine.types import Request, Sampling
 from kernels.backends import pick
 from schemas.requests import JsonSchema, NamedSchema, OneOf
@@ -89,7 +88,7 @@ def _shares(sampling: Sampling, constraint: Constraint | None = None, output: li
     shares = []
     for number in range(NUM_ROWS):
         asked = Request(id=number, prompt=(5, 6, 7), sampling=sampling, constraint=constraint)
-        sequence = Sequence(request=asked, choice=0, rank=(0, 0, 0), length_max=9999, drafting=Drafting(0))
+        sequence = Sequence(request=asked, choice=0, rank=(0, 0, 0), length_max=9999)
         sequence.tokens += list(range(10, 10 + NUM_OUTPUT)) if output is None else output
         sequence.reach(len(sequence.tokens) - 1)
         shares.append(sequence.share(1))

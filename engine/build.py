@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from engine.batch import Batch
 from engine.blocks import BlockCache
-from engine.config import EngineConfig, num_blocks_within
+from engine.config import DRAFTS_MAX, EngineConfig, num_blocks_within
 from engine.core import Core
+from engine.drafters import forward_into, load_draft_model, make_drafter
+from engine.drafting import Drafting
 from engine.errors import EngineMisconfigured
 from engine.loader import Progress, load
 from engine.metering import Meter
@@ -35,18 +36,19 @@ def build(config: EngineConfig, model_path: Path, progress: Progress | None = No
     ops = pick(device)
     ops.use_threads(config.threads)
     decoder = load(model_path, ops, weights=config.weights, dtype=dtype, device=device, progress=progress)
+    draft_model = load_draft_model(config, decoder, ops)
     kept = cache_dtype(config.cache, dtype)
-    block_bytes = bytes_per_block(decoder.spec, config.block_size, kept)
+    models = [decoder, draft_model] if draft_model else [decoder]
+    block_bytes = sum(bytes_per_block(model.spec, config.block_size, kept) for model in models)
     blocks = BlockCache(_num_blocks(config, decoder, block_bytes), config.block_size)
-    cache = KVCache.allocate(decoder.spec, blocks.num_blocks, config.block_size, kept, device)
+    caches = [KVCache.allocate(model.spec, blocks.num_blocks, config.block_size, kept, device) for model in models]
     capacity = _capacity(config, decoder, blocks)
 
-    def forward(batch: Batch) -> torch.Tensor:
-        return decoder.forward(batch.token_ids, batch.positions, batch.attention, cache, batch.rows)
-
+    drafter = make_drafter(config, decoder, caches[0], draft_model, caches[1] if draft_model else None, ops)
     return Core(
         Scheduler(config, blocks, capacity.context_max),
-        Runner(forward, ops, config.block_size, device),
+        Drafting(drafter, blocks, _drafts_max(config, device), config.draft_cost),
+        Runner(forward_into(decoder, caches[0]), ops, config.block_size, device),
         Meter(),
         capacity,
         overlap=_overlaps(config, device),
@@ -70,9 +72,17 @@ def activation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def _drafts_max(config: EngineConfig, device: torch.device) -> int:
+    """Where steps overlap, the token that drafts would follow is not known when they are planned."""
+    if config.drafts_max is not None:
+        return config.drafts_max
+    wants_drafts = device.type == "cpu" or config.has_drafting_model
+    return DRAFTS_MAX if wants_drafts and config.overlap != "on" else 0
+
+
 def _overlaps(config: EngineConfig, device: torch.device) -> bool:
     """Where the device is the host, a step that is launched ahead would only be waited for."""
-    suits = device.type != "cpu" and not config.drafts_max
+    suits = device.type != "cpu" and not _drafts_max(config, device)
     return suits if config.overlap == "auto" else config.overlap == "on"
 
 

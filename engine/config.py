@@ -4,11 +4,13 @@ Owns numbers and their validation. Where they come from (flags, files, environme
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from engine.errors import EngineMisconfigured, RequestRefused
 from engine.types import Capacity, Request
 
+DRAFTS_MAX = 8  # where text repeats itself more would be kept, but a step with many sequences would grow tenfold
 CHOICES_MAX = 128  # OpenAI's own limit for n; each choice is a sequence with host memory of its own
 LOGPROBS_MAX = 20  # OpenAI's own limit for top_logprobs; the events of a step grow with it
 STOP_TOKENS_MAX = 64  # each is looked at for every row of a sequence below tokens_min
@@ -37,7 +39,10 @@ class EngineConfig:
     context_max: int = 0  # prompt + output of one sequence; 0: as the model and the cache allow
     tokens_per_step_max: int = 512  # a prompt's chunk: the longest that a running sequence waits for its next token
     sequences_max: int = 32  # running at once
-    drafts_max: int = 0  # proposed for a sequence in one step
+    drafts_max: int | None = None  # proposed for a sequence in one step, if they pay; None: DRAFTS_MAX on a CPU, or 0
+    draft_experts: int = 0  # the model drafts for itself with so many experts for each token; 0: it does not
+    draft_model: Path | None = None  # the folder of one that drafts; without either, drafts are looked up in the text
+    draft_weights: str = "auto"  # as `weights`, of the draft model
     overlap: Switch = "auto"  # a step is planned while the one before runs; auto: on a GPU, without drafts
     draft_cost: float | None = None  # of one more token for every sequence, as a share of a step; None: as measured
     ageing: int = 64  # later requests that may go before one whose priority number is higher by 1
@@ -53,17 +58,27 @@ class EngineConfig:
                 f"cache_tokens is {self.cache_tokens}, not a multiple of block_size {self.block_size}; "
                 f"take {-(-self.cache_tokens // self.block_size) * self.block_size}"
             )
-        if self.overlap == "on" and self.drafts_max:
+        if self.overlap == "on" and (self.drafts_max or self.has_drafting_model):
             raise EngineMisconfigured(
-                "overlap is on and drafts_max is not 0: drafts continue tokens that a step ahead does not know yet; "
-                "set drafts_max to 0, or leave overlap to be chosen"
+                "overlap is on and drafts_max is not 0, or a model drafts: drafts continue tokens that a step ahead "
+                "does not know yet; set drafts_max to 0 and no drafting model, or leave overlap to be chosen"
             )
-        needed = self.sequences_max * (1 + self.drafts_max)
-        if needed > self.tokens_per_step_max:
+        if self.drafts_max == 0 and self.has_drafting_model:
             raise EngineMisconfigured(
-                f"tokens_per_step_max is {self.tokens_per_step_max}, too few for {self.sequences_max} sequences with "
-                f"{self.drafts_max} drafts each; raise it to {needed}, or lower sequences_max or drafts_max"
+                "draft_experts or draft_model is set and drafts_max is 0: nothing would be drafted"
             )
+        if self.draft_experts and self.draft_model:
+            raise EngineMisconfigured("draft_experts and draft_model are both set; only one of them can draft")
+        if self.sequences_max > self.tokens_per_step_max:
+            raise EngineMisconfigured(
+                f"tokens_per_step_max is {self.tokens_per_step_max}, too few for {self.sequences_max} sequences; "
+                "raise it, or lower sequences_max"
+            )
+
+    @property
+    def has_drafting_model(self) -> bool:
+        """Whether drafts come from a model, and are not looked up."""
+        return bool(self.draft_experts or self.draft_model)
 
 
 _LOWEST = {
@@ -74,6 +89,7 @@ _LOWEST = {
     "tokens_per_step_max": 1,
     "sequences_max": 1,
     "drafts_max": 0,
+    "draft_experts": 0,
     "draft_cost": 0,
     "ageing": 0,
 }

@@ -4,33 +4,43 @@ Owns the loop's body and how the parts are put together. Blocking, and one threa
 """
 
 from engine.config import check_request
+from engine.drafting import Drafting
 from engine.metering import Meter
 from engine.runner import Pending, Runner
-from engine.scheduler import Scheduler
+from engine.scheduler import Plan, Scheduler
 from engine.types import Capacity, EngineStats, Request, StepResult
 
 
 class Core:
-    """Scheduler, runner and meter, working as one engine. `build` makes one of a checkpoint."""
+    """Scheduler, drafting, runner and meter, working as one engine. `build` makes one of a checkpoint."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, meter: Meter, capacity: Capacity, *, overlap: bool = False
+        self,
+        scheduler: Scheduler,
+        drafting: Drafting,
+        runner: Runner,
+        meter: Meter,
+        capacity: Capacity,
+        *,
+        overlap: bool = False,
     ) -> None:
         """`overlap`: a step is planned and launched while the one before runs, wherever it can be foreseen."""
         self.capacity = capacity
         self.meter = meter
         self._scheduler = scheduler
+        self._drafting = drafting
         self._runner = runner
         self._overlap = overlap
         self._underway: Pending | None = None  # launched by the step before
 
     def step(self) -> StepResult:
         """Every sequence in the plan has caught up by its share. With nothing to do, all that passes is idle time."""
-        step = self._underway or self._runner.launch(self._scheduler.plan())
+        step = self._underway or self._runner.launch(self._plan())
         self._underway = self._launch_ahead() if self._overlap else None
-        committed = self._scheduler.commit(step.plan, step.collect())
-        idle_ns, charges = self.meter.settle(committed.spent)
-        self._scheduler.learn(step.plan, sum(charge.device_ns for charge in charges))
+        accepted = step.collect()
+        committed = self._scheduler.commit(step.plan, accepted)
+        idle_ns, charges = self.meter.settle(committed.spent, step.plan.drafting_ns)
+        self._drafting.learn(step.plan, accepted, sum(charge.device_ns for charge in charges))
         return StepResult(idle_ns=idle_ns, tokens=committed.tokens, finished=committed.finished, charges=charges)
 
     def submit(self, request: Request) -> None:
@@ -54,6 +64,13 @@ class Core:
     def stats(self) -> EngineStats:
         """Counts since the start, and how full the engine is now."""
         return self._scheduler.stats()
+
+    def _plan(self) -> Plan:
+        plan = self._scheduler.plan()
+        began_ns = self.meter.now_ns()
+        self._drafting.extend(plan)
+        plan.drafting_ns = self.meter.now_ns() - began_ns
+        return plan
 
     def _launch_ahead(self) -> Pending | None:
         plan = self._scheduler.plan_ahead()

@@ -7,8 +7,9 @@ scheduler's commit, charges go out with the step's result.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import add
 
-from engine.sequence import Share
+from engine.sequence import Proposed, Share
 from engine.types import Charge, Work
 
 
@@ -40,16 +41,27 @@ class Meter:
         """The time since the last step was spent waiting for work."""
         self._idle_ns += self._lap()
 
-    def settle(self, spent: list[Spent]) -> tuple[int, list[Charge]]:
+    def now_ns(self) -> int:
+        """The time by the meter's clock, to measure a part of a step by."""
+        return self._clock()
+
+    def settle(self, spent: list[Spent], drafting_ns: int = 0) -> tuple[int, list[Charge]]:
         """A step is over: (idle_ns, charges), together exactly the time since the one before ended.
 
-        The step's time is shared out by the tokens computed; one that computed nothing was idle.
+        The step's time is shared out by the tokens computed; one that computed nothing was idle. `drafting_ns` of it
+        belong to the drafting alone, if a model drafted: one of its tokens costs less.
         """
         step_ns, idle_ns = self._lap(), self._idle_ns
         self._idle_ns = 0
         if not any(work.num_tokens for work in spent):
             idle_ns, step_ns = idle_ns + step_ns, 0
-        parts = apportion(step_ns, [work.num_tokens for work in spent])
+        is_drafted = [work.work is Work.DRAFTED for work in spent]
+        drafting_ns = min(step_ns, drafting_ns) if any(is_drafted) else 0
+        by_draft = apportion(drafting_ns, [work.num_tokens * own for work, own in zip(spent, is_drafted, strict=True)])
+        by_step = apportion(
+            step_ns - drafting_ns, [work.num_tokens * (not own) for work, own in zip(spent, is_drafted, strict=True)]
+        )
+        parts = map(add, by_draft, by_step)
         return idle_ns, [
             Charge(
                 request=work.request,
@@ -106,3 +118,11 @@ def work_of(share: Share, num_accepted: int) -> list[Spent]:
 def work_in_vain(share: Share) -> Spent:
     """What a share was computed for whose sequence ended while the step was underway: all of it was on trial."""
     return Spent(share.sequence.request.id, share.sequence.choice, Work.REJECTED, len(share.tokens))
+
+
+def drafting_of(proposed: Proposed) -> list[Spent]:
+    """The work of the model that drafted, if one did."""
+    return [
+        Spent(sequence.request.id, sequence.choice, Work.DRAFTED, num_tokens)
+        for sequence, num_tokens in proposed.nums_computed.items()
+    ]

@@ -6,6 +6,7 @@ choosing itself is `Ops.sample`, from logits as `steering.py` leaves them; logpr
 them. Nothing here knows where those come from.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
@@ -51,6 +52,35 @@ def draw(ops: Ops, logits: Tensor, shares: list[Share]) -> Drawn:
     rows = [row for share in shares for row in sampling_rows(share)]
     tokens = ops.sample(steer(logits, edits), rows)
     return Drawn(tokens, shares, failures, Returning([tokens, *_logprobs(ops, logits, tokens, shares)]))
+
+
+def draft(ops: Ops, logits: Tensor, shares: list[Share], drafts: Mapping[Sequence, list[int]]) -> dict[Sequence, int]:
+    """What a drafter's logits (S, V) make of each share's last row, chosen as the target's would be.
+
+    `drafts`: those that the sequences already have. None for one that is complete or cannot go on behind them.
+    """
+    edits: list[tuple[int, Edit]] = []
+    rows: dict[int, Share] = {}
+    for row, share in enumerate(shares):
+        own = _edit_behind(share.sequence, drafts[share.sequence])
+        if own is not None:
+            rows[row] = share
+            edits += [(row, edit) for edit in own]
+    if not rows:
+        return {}
+    tokens = ops.sample(steer(logits, edits)[list(rows)], [sampling_rows(share)[-1] for share in rows.values()])
+    return {share.sequence: token for share, token in zip(rows.values(), tokens.tolist(), strict=True) if token >= 0}
+
+
+def _edit_behind(sequence: Sequence, drafts: list[int]) -> list[Edit] | None:
+    """What the sequence does to the row behind its last draft; None where nothing may follow."""
+    if not sequence.steering:
+        return []
+    try:
+        edits = sequence.steering.edits(sequence.tokens, drafts)
+    except ConstraintFailed:
+        return None  # the target's own row will tell
+    return edits[-1:] if len(edits) > len(drafts) else None
 
 
 def sampling_rows(share: Share) -> list[SamplingRow]:

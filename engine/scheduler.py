@@ -20,9 +20,8 @@ from operator import attrgetter
 from engine.blocks import BlockCache
 from engine.config import EngineConfig
 from engine.errors import RequestRefused
-from engine.metering import Spent, work_in_vain, work_of
-from engine.sequence import Accepted, Sequence, Share
-from engine.speculative import DraftCost, Drafting
+from engine.metering import Spent, drafting_of, work_in_vain, work_of
+from engine.sequence import Accepted, Proposed, Sequence, Share
 from engine.types import EngineStats, Finished, FinishReason, Request, Token
 
 _by_rank = attrgetter("rank")
@@ -35,10 +34,28 @@ class Plan:
     budget: int  # tokens that may still be added
     shares: list[Share] = field(default_factory=list)
     num_rows: int = 0  # of logits
+    proposed: Proposed = field(default_factory=Proposed)
+    drafting_ns: int = 0  # that proposing took
 
     def add(self, sequence: Sequence) -> None:
         """As much of the sequence's pending tokens as the budget allows is part of the step."""
-        share = sequence.share(self.budget, self.num_rows)
+        self._add(sequence, self.budget)
+
+    def propose(self, proposed: Proposed) -> None:
+        """Drafts for sequences that have nothing pending in the plan but their newest token; the budget has them.
+
+        Not for a plan behind a step that is underway: a draft continues tokens that are known.
+        """
+        self.proposed = proposed
+        shares, self.shares, self.num_rows = self.shares, [], 0
+        for share in shares:
+            share.sequence.underway = None
+            share.sequence.drafts = proposed.drafts.get(share.sequence, [])
+            self.budget += len(share.tokens)
+            self._add(share.sequence, len(share.tokens) + len(share.sequence.drafts))
+
+    def _add(self, sequence: Sequence, num_max: int) -> None:
+        share = sequence.share(num_max, self.num_rows)
         self.budget -= len(share.tokens)
         self.num_rows += share.num_rows
         self.shares.append(share)
@@ -64,7 +81,6 @@ class Scheduler:
         self._running: list[Sequence] = []  # by rank; they hold blocks
         self._waiting: list[Sequence] = []  # by rank; they hold none
         self._num_submitted = 0
-        self._draft_cost = DraftCost(config.draft_cost)
         self._committed = Committed()  # gathers until the step's end
         self._totals: Counter[str] = Counter()  # by the names of EngineStats
 
@@ -95,7 +111,6 @@ class Scheduler:
                 choice=choice,
                 rank=(turn, request.priority, choice),
                 length_max=min(len(request.prompt) + request.sampling.tokens_max, self._context_max),
-                drafting=Drafting(self._config.drafts_max),
                 leader=leader,
             )
             leader = leader or sequence
@@ -144,14 +159,10 @@ class Scheduler:
         """The plan has been computed and brought these tokens: sequences have grown, and some are over."""
         for share, brought in zip(plan.shares, accepted, strict=True):
             self._commit(share, brought)
+        self._committed.spent += drafting_of(plan.proposed)
         self._totals["num_steps"] += 1 if plan.shares else 0
         committed, self._committed = self._committed, Committed()
         return committed
-
-    def learn(self, plan: Plan, step_ns: int) -> None:
-        """The plan took so long. What drafts cost shows in those that drafts may be a part of: without prompts."""
-        if plan.shares and all(share.num_rows == len(share.tokens) for share in plan.shares):
-            self._draft_cost.learn(sum(len(share.tokens) for share in plan.shares), step_ns)
 
     def stats(self) -> EngineStats:
         """Counts since the start, and how full the engine is now."""
@@ -165,9 +176,6 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A running sequence holds blocks for what it should compute, if need be those of the lowest-ranked one."""
-        sequence.draft(self._draft_cost.share(len(self._running)))
-        if sequence.drafts and not self._blocks.extend(sequence, sequence.length + len(sequence.drafts)):
-            sequence.drafts = []  # nobody gives way to a trial
         while not self._blocks.extend(sequence, sequence.length):
             lowest = self._running[-1]
             if lowest is sequence:
@@ -229,7 +237,6 @@ class Scheduler:
         sequence.num_recomputed += share.num_again
         if num_drafted := len(share.drafts):
             num_accepted = max(0, num_kept - 1)
-            sequence.drafting.learn(num_drafted, num_accepted)
             sequence.num_drafted += num_drafted
             sequence.num_accepted += num_accepted
             self._totals["num_drafted"] += num_drafted

@@ -6,7 +6,6 @@ Never decides what runs (`scheduler.py`) or which block is whose (`blocks.py`). 
 
 from dataclasses import dataclass, field
 
-from engine.speculative import Drafting
 from engine.steering import Steering, steering_of
 from engine.types import FinishReason, Logprob, Progress, Request, Usage
 
@@ -14,7 +13,7 @@ Rank = tuple[int, int, int]
 TokenLogprobs = tuple[Logprob, tuple[Logprob, ...]]  # the token's own, and those of the likeliest
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)  # drafters know things of a sequence while it lives
 class Sequence:
     """One choice of a request while the engine runs it.
 
@@ -26,7 +25,6 @@ class Sequence:
     choice: int
     rank: Rank  # smaller runs first
     length_max: int  # prompt + output: the request's tokens_max or the engine's context_max, whichever ends it first
-    drafting: Drafting
     leader: "Sequence | None" = None  # the request's first choice that runs: it computes the prompt for all
     is_over: bool = False
 
@@ -109,14 +107,6 @@ class Sequence:
         self.num_recomputed = progress.usage.num_recomputed
         self.num_preemptions = progress.usage.num_preemptions
 
-    def draft(self, cost: float) -> None:
-        """Once all but the newest token is computed, propose what may follow it, if drafts that cost so much pay."""
-        if self.num_pending == 1:
-            # A step accepts one token more than drafts, and none may pass length_max.
-            self.drafts = self.drafting.propose(self.tokens, self.length_max - len(self.tokens) - 1, cost)
-            if self.steering:
-                self.drafts = self.steering.allowed(self.tokens, self.drafts)
-
     def share(self, budget: int, first_logits: int = 0) -> "Share":
         """The next `budget` pending tokens, or all of them. `first_logits`: how many rows of logits come before its."""
         start = self.num_begun
@@ -198,3 +188,12 @@ class Accepted:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None  # one for each token, where asked for
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """Drafts for sequences of one step, and the work that a model had with them."""
+
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
+    nums_computed: dict[Sequence, int] = field(default_factory=dict)  # tokens, in passes of that model
+    num_passes: int = 0

@@ -1,7 +1,8 @@
-"""Drafts: tokens proposed to follow a sequence, so that one step may accept several.
+"""How many drafts are worth their work, and which of them are kept: numbers alone.
 
-Owns where drafts come from, how many are worth their work, and which are kept. Never computes: drafts are pending
-tokens like any other, and the model's own choice behind each of them decides.
+Owns what is learned of drafts, the rates at which they are kept and what they cost, and the choice that follows. Where
+drafts come from is a drafter's affair (`drafting.py`). Drafts are pending tokens like any other, and the model's own
+choice behind each of them decides.
 
 Every position is sampled with that position's own random number whether a draft stands there or not, and a draft is
 kept as long as it equals what was sampled. So the output is that of plain decoding, token for token, under greedy and
@@ -10,110 +11,143 @@ proposal with all its probability on one token is kept there with the target's p
 that is how often the sample equals it.
 """
 
-NGRAM_SIZES = (4, 3, 2)  # longest first: the longer the match, the likelier its sequel; one token matches by chance
+from dataclasses import dataclass
+
+import numpy as np
+
 RATE_AT_START = 0.5  # expected share of drafts kept before anything is measured
-RATE_MEMORY = 0.8  # weight of the past at each verification: a change of text shows within about five
-RATE_RECOVERY = 0.02  # drift back towards the start at each step without drafts: some 50 steps until the next attempt
+START_WEIGHT = 4.0  # in drafts: some steps' outcomes count for more than this guess
+PRIOR_WEIGHT = 1.0  # in drafts: what other sequences kept, against a sequence's own outcomes
+SEQUENCE_MEMORY = 0.9  # weight of the past at each verification: a change of text shows within about ten
+ENGINE_MEMORY = 0.98  # the same of all sequences together: about fifty
+
+COST_AT_START = 0.3  # of a token more for every sequence; int8 weights ask for 0.1 with one and for 0.35 with eight
+TIMES_MEMORY = 0.98  # weight of the past at each step: fifty steps, some seconds
+SLOPE_WEIGHT = 2.0  # in tokens^2, as if so much spread spoke for COST_AT_START: step times stray by a fifth or more
+OUTLIER = 3.0  # a step that took so many times as long as expected was disturbed, and counts as if it took that
+
+TRIAL_SHARE = 0.01  # of the time: what drafts may cost that are only tried to learn whether they have come to pay
+TRIAL_SAVED_MAX = 1.0  # in steps: what may be saved up for trials
 
 
-COST_AT_START = 0.3  # between what int8 weights ask for one sequence (0.05) and for eight (0.5)
-COST_MEMORY = 0.98  # weight of the past at each step: fifty steps, some seconds
-COST_SPREAD_MIN = 0.25  # variance of the tokens of a step, below which their times say nothing of one token more
+class Acceptance:
+    """The rate at which drafts are kept: of one sequence, with that of all as its prior, or of all."""
 
-
-class DraftCost:
-    """What one more token for every sequence costs, as a share of a step without drafts: from the steps' own times.
-
-    A step of T tokens takes a + b T, a straight line through the steps that had no prompts in them, the newer the more
-    weight. So S sequences with q drafts each ask for q b S / (a + b S) more, little where the weights' way from memory
-    is the time and much where arithmetic is.
-    """
-
-    def __init__(self, fixed: float | None) -> None:
-        """`fixed`: nothing is measured, this is it."""
-        self._fixed = fixed
-        self._weight = self._tokens = self._times = self._squares = self._products = 0.0
-
-    def learn(self, num_tokens: int, step_ns: int) -> None:
-        """Account for one step."""
-        new = (1.0, num_tokens, step_ns, num_tokens**2, num_tokens * step_ns)
-        old = (self._weight, self._tokens, self._times, self._squares, self._products)
-        self._weight, self._tokens, self._times, self._squares, self._products = (
-            COST_MEMORY * past + now for past, now in zip(old, new, strict=True)
-        )
-
-    def share(self, num_sequences: int) -> float:
-        """The cost of a draft for each of so many sequences; as at the start until steps of several sizes are known."""
-        if self._fixed is not None:
-            return self._fixed
-        if not self._weight:
-            return COST_AT_START
-        tokens, time = self._tokens / self._weight, self._times / self._weight
-        spread = self._squares / self._weight - tokens**2
-        if spread < COST_SPREAD_MIN:
-            return COST_AT_START
-        per_token = max(0.0, (self._products / self._weight - tokens * time) / spread)
-        step = max(0.0, time - per_token * tokens) + per_token * num_sequences
-        return per_token * num_sequences / step if step else COST_AT_START
-
-
-class Drafting:
-    """One sequence's drafts by prompt lookup: what followed when its last tokens were last seen (Saxena, 2023).
-
-    Their number follows the measured rate at which they are kept, down to none where they lose.
-    """
-
-    def __init__(self, drafts_max: int) -> None:
-        self._drafts_max = drafts_max
-        self._rate = RATE_AT_START
-        self._sequels: dict[tuple[int, ...], int] = {}  # n-gram -> the position behind its latest occurrence
-        self._num_indexed = 0
-
-    def propose(self, tokens: list[int], num_max: int, cost: float) -> list[int]:
-        """At most `num_max` tokens that may follow `tokens`; none where no n-gram repeats or none would pay.
-
-        `cost`: of one token more for every sequence, as a share of the step.
-        """
-        if not self._drafts_max:
-            return []
-        num_drafts = min(num_max, self._num_worth(cost))
-        if num_drafts <= 0:
-            self._rate += RATE_RECOVERY * (RATE_AT_START - self._rate)
-            return []
-        self._index(tokens)
-        for size in NGRAM_SIZES:
-            sequel = self._sequels.get(tuple(tokens[-size:]))
-            if sequel is not None:
-                # A sequel that runs into the end goes on as the loop that it then is.
-                period = len(tokens) - sequel
-                return [tokens[sequel + place % period] for place in range(num_drafts)]
-        return []
+    def __init__(self, memory: float) -> None:
+        self._memory = memory
+        self._kept = self._judged = 0.0
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
         """Account for one verification of at least one draft."""
         # The drafts behind the first wrong one were never judged.
-        num_judged = min(num_drafted, num_accepted + 1)
-        self._rate += (1 - RATE_MEMORY) * (num_accepted / num_judged - self._rate)
+        self._kept = self._memory * self._kept + num_accepted
+        self._judged = self._memory * self._judged + min(num_drafted, num_accepted + 1)
 
-    def _num_worth(self, cost: float) -> int:
-        """How many drafts bring the most tokens for the work; 0 where plain decoding does."""
-        best, best_gain = 0, 1.0
-        expected, chance = 1.0, 1.0
-        for num_drafts in range(1, self._drafts_max + 1):
-            chance *= self._rate
-            expected += chance  # the step's own token, and each draft that is kept with all before it
-            gain = expected / (1 + cost * num_drafts)
-            if gain > best_gain:
-                best, best_gain = num_drafts, gain
-        return best
+    def rate(self, prior: float, weight: float) -> float:
+        """The chance of the next draft, the prior counting for as many drafts as `weight` says."""
+        return (self._kept + weight * prior) / (self._judged + weight)
 
-    def _index(self, tokens: list[int]) -> None:
-        """Note the sequel of every n-gram that has one, the newest token being nobody's n-gram yet."""
-        for position in range(max(self._num_indexed, min(NGRAM_SIZES)), len(tokens)):
-            for size in NGRAM_SIZES:
-                if size <= position:
-                    self._sequels[tuple(tokens[position - size : position])] = position
-        self._num_indexed = len(tokens)
+
+class StepTimes:
+    """How long a step of T tokens takes, a + b T: a straight line through steps as they come, the newer the more."""
+
+    def __init__(self) -> None:
+        self._weight = self._tokens = self._times = self._squares = self._products = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Something was learned."""
+        return self._weight > 0
+
+    def learn(self, num_tokens: float, time_ns: float) -> None:
+        """Account for one step."""
+        if self.is_known:
+            time_ns = min(time_ns, OUTLIER * self.at(num_tokens))
+        new = (1.0, num_tokens, time_ns, num_tokens**2, num_tokens * time_ns)
+        old = (self._weight, self._tokens, self._times, self._squares, self._products)
+        self._weight, self._tokens, self._times, self._squares, self._products = (
+            TIMES_MEMORY * past + now for past, now in zip(old, new, strict=True)
+        )
+
+    def at(self, num_tokens: float) -> float:
+        """The time of a step of so many tokens, ns; 0 where nothing is known."""
+        if not self._weight:
+            return 0.0
+        slope = self.slope()
+        at_none = max(0.0, (self._times - slope * self._tokens) / self._weight)
+        return at_none + slope * num_tokens
+
+    def slope(self) -> float:
+        """The time of one token more, ns. Where steps were all alike, a guess."""
+        if not self._weight:
+            return 0.0
+        tokens, time = self._tokens / self._weight, self._times / self._weight
+        spread = self._squares / self._weight - tokens**2
+        guess = COST_AT_START * time / tokens
+        return max(
+            0.0, (self._products / self._weight - tokens * time + SLOPE_WEIGHT * guess) / (spread + SLOPE_WEIGHT)
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of drafts, in steps without any."""
+
+    per_draft: float  # a token more to verify
+    per_pass: float = 0.0  # a drafter's pass: the next draft of every sequence
+
+
+class DraftCosts:
+    """What drafts cost here, from the times of the steps themselves."""
+
+    def __init__(self, fixed: float | None) -> None:
+        """`fixed`: nothing is measured; so much is a draft for every sequence, and drafting itself is free."""
+        self._fixed = fixed
+        self.steps = StepTimes()  # of those that drafts may be a part of: without prompts
+        self.passes = StepTimes()  # of the drafter
+
+    def of(self, num_sampling: int, num_drafting: int) -> Cost:
+        """In a step of so many sequences that sample, so many of which draft."""
+        step_ns = self.steps.at(num_sampling)
+        if self._fixed is not None:
+            return Cost(self._fixed / num_sampling)
+        if not step_ns:
+            return Cost(COST_AT_START / num_sampling)
+        return Cost(self.steps.slope() / step_ns, self.passes.at(num_drafting) / step_ns)
+
+
+class Trials:
+    """A small part of the time for drafts that should lose: what is not tried is not learned, and texts change."""
+
+    def __init__(self) -> None:
+        self._saved = TRIAL_SAVED_MAX  # in steps; a new engine may try at once
+
+    def may(self, cost: float) -> bool:
+        """Whether a trial that costs so much, in steps, is due now; asked once a step."""
+        self._saved = min(self._saved + TRIAL_SHARE, TRIAL_SAVED_MAX)
+        if self._saved < min(cost, TRIAL_SAVED_MAX):
+            return False
+        self._saved -= cost
+        return True
+
+
+def nums_worth(rates: list[float], nums_max: list[int], num_sampling: int, budget: int, cost: Cost) -> list[int]:
+    """For each sequence the number of drafts that together bring the most tokens for the time; 0 for all if none do.
+
+    A draft counts with the chance that it is kept with all before it. The likeliest `n` of all are drafted, for the n
+    that is best: `num_sampling` sequences bring a token each in one step's time, and drafts bring more in more.
+    """
+    depths = np.arange(1, max(nums_max) + 1)  # (K,)
+    chances = np.array(rates)[:, None] ** depths  # (S, K)
+    chances[depths > np.array(nums_max)[:, None]] = 0
+    order = np.argsort(-chances, axis=None, kind="stable")[: max(0, budget)]
+    order = order[chances.ravel()[order] > 0]
+    owners, places = np.divmod(order, len(depths))
+    tokens = num_sampling + chances.ravel()[order].cumsum()
+    passes = np.maximum.accumulate(places + 1) if len(order) else places
+    gains = tokens / (1 + cost.per_draft * np.arange(1, len(order) + 1) + cost.per_pass * passes)
+    num = int(gains.argmax()) + 1 if len(order) and gains.max() > num_sampling else 0
+    return [int(count) for count in np.bincount(owners[:num], minlength=len(rates))]
 
 
 def verify(drafts: list[int], sampled: list[int]) -> list[int]:

@@ -109,6 +109,7 @@ class Work(StrEnum):
     PROMPT = "prompt"
     OUTPUT = "output"
     REJECTED = "draft_rejected"
+    DRAFTED = "drafted"  # by a model: its tokens are not the sequence's, and cost less
     RECOMPUTED = "recomputed"
 
 

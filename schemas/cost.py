@@ -17,6 +17,7 @@ CostKind = Literal[
     "prompt_cached",  # prompt tokens found in the prefix cache
     "output",  # an output token
     "draft_rejected",  # drafted tokens thrown away
+    "drafted",  # tokens that a draft model computed, or the model itself with fewer experts
     "recomputed",  # tokens computed again: after a preemption, or of the prompt for another choice
     "discarded",  # tokens generated past a stop string, or for a request that failed
     "handed_over",  # all work on a choice by a worker that handed the request over
@@ -27,8 +28,8 @@ class CostEvent(Struct, frozen=True, kw_only=True):
     """One entry of a request's bill, published in the transaction of its completion; handed_over, in its handoff's.
 
     `index` is the output token's place in its choice, for handed_over how often the request was handed over before, and
-    None where the entry counts several tokens. Kinds that nobody owes (draft_rejected, recomputed, discarded,
-    handed_over) have a price of zero.
+    None where the entry counts several tokens. Kinds that nobody owes (draft_rejected, drafted, recomputed,
+    discarded, handed_over) have a price of zero.
     """
 
     id: str  # unique: <input topic>-<partition>-<offset>/<choice>/<kind>[/<index>]

@@ -5,6 +5,7 @@ Logits are worked out from what it *reads back* through the block tables, so a w
 away too early or a false prefix hit changes the tokens. `Script.tokens_of` says what they must be, without an engine.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,10 +20,14 @@ from engine.batch import Batch
 from engine.blocks import BlockCache
 from engine.config import EngineConfig
 from engine.core import Core
+from engine.drafting import Drafter, Drafting
+from engine.lookup import PromptLookup
 from engine.metering import Meter
+from engine.model_drafter import ModelDrafter, OwnCache, SharedCache
 from engine.runner import Runner
 from engine.sampler import uniform
 from engine.scheduler import Scheduler
+from engine.sequence import Sequence
 from engine.types import Capacity, Request, Sampling
 from kernels.reference import OPS
 
@@ -66,6 +71,15 @@ class Script:
             if context[-1] in sampling.stop_token_ids or (matcher and matcher.advance(context[-1])):
                 break
         return context[len(request.prompt) :]
+
+
+@dataclass(frozen=True)
+class Erring(Script):
+    """The same script, which is wrong behind one context of four: a draft model."""
+
+    def logits_after(self, context: list[int]) -> np.ndarray:
+        logits = super().logits_after(context)
+        return np.roll(logits, 1) if crc32(np.array(context, dtype=np.int64).tobytes()) % 4 == 0 else logits
 
 
 def _unpacked(mask: bytes, vocab_size: int) -> list[int]:
@@ -131,6 +145,48 @@ class ScriptedModel:
         return list(self.tokens[slots].tolist())
 
 
+def own_drafter(script: Script) -> "MakeDrafter":
+    """A draft model that speaks by this script, with a cache of its own."""
+
+    def make(target: ScriptedModel, config: EngineConfig) -> ModelDrafter:
+        model = ScriptedModel(script, len(target.tokens) // target.block_size, target.block_size)
+        return _model_drafter(model, OwnCache(config.block_size), config)
+
+    return make
+
+
+def shared_drafter(script: Script) -> "MakeDrafter":
+    """One that speaks by this script, and writes into the target's cache."""
+
+    def make(target: ScriptedModel, config: EngineConfig) -> ModelDrafter:
+        model = copy.copy(target)
+        model.script = script
+        return _model_drafter(model, SharedCache(), config)
+
+    return make
+
+
+def _model_drafter(model: ScriptedModel, follower: OwnCache | SharedCache, config: EngineConfig) -> ModelDrafter:
+    return ModelDrafter(
+        model.forward,
+        OPS,
+        follower,
+        block_size=config.block_size,
+        device=torch.device("cpu"),
+        tokens_max=config.tokens_per_step_max,
+        context_max=1 << 12,
+    )
+
+
+MakeDrafter = Callable[[ScriptedModel, EngineConfig], Drafter]
+
+
+def sequence_of(tokens: list[int], **sampling) -> Sequence:
+    """A sequence with this prompt, as the scheduler makes it."""
+    asked = Request(id=0, prompt=tuple(tokens), sampling=Sampling(**{"tokens_max": 100, **sampling}))
+    return Sequence(request=asked, choice=0, rank=(0, 0, 0), length_max=len(tokens) + asked.sampling.tokens_max)
+
+
 @dataclass
 class ScriptedEngine:
     """A whole engine around a script, with its parts in reach."""
@@ -166,12 +222,17 @@ def both_loops(request):
 
 
 def scripted_engine(
-    script: Script | None = None, *, context_max: int = 1 << 12, clock: Callable[[], int] | None = None, **settings
+    script: Script | None = None,
+    *,
+    context_max: int = 1 << 12,
+    clock: Callable[[], int] | None = None,
+    drafter: MakeDrafter | None = None,
+    **settings,
 ) -> ScriptedEngine:
-    """An engine of the named EngineConfig settings; a cache of 1024 tokens unless they say otherwise."""
+    """An engine of the named EngineConfig settings; a cache of 1024 tokens and no drafts unless they say otherwise."""
     script = script or Script()
     overlap = "on" if _loop["overlap"] and not settings.get("drafts_max") else "off"
-    config = EngineConfig(**{"cache_tokens": 1024, "overlap": overlap, **settings})
+    config = EngineConfig(**{"cache_tokens": 1024, "drafts_max": 0, "overlap": overlap, **settings})
     num_blocks = config.cache_tokens // config.block_size
     context_max = min(context_max, config.cache_tokens)
     blocks = BlockCache(num_blocks, config.block_size)
@@ -181,9 +242,8 @@ def scripted_engine(
     capacity = Capacity(
         cache_tokens=config.cache_tokens, context_max=context_max, vocab_size=script.vocab_size, eos_token_ids=()
     )
-    return ScriptedEngine(
-        Core(scheduler, runner, Meter(clock or Ticks()), capacity, overlap=config.overlap == "on"),
-        scheduler,
-        blocks,
-        model,
+    drafting = Drafting(
+        drafter(model, config) if drafter else PromptLookup(), blocks, config.drafts_max or 0, config.draft_cost
     )
+    core = Core(scheduler, drafting, runner, Meter(clock or Ticks()), capacity, overlap=config.overlap == "on")
+    return ScriptedEngine(core, scheduler, blocks, model)

@@ -4,13 +4,12 @@ import pytest
 
 from engine.blocks import BlockCache
 from engine.sequence import Sequence
-from engine.speculative import Drafting
 from engine.types import Request, Sampling
 
 
 def sequence(tokens: list[int], salt: str = "") -> Sequence:
     request = Request(id=0, prompt=tuple(tokens), sampling=Sampling(tokens_max=100), cache_salt=salt)
-    return Sequence(request=request, choice=0, rank=(0, 0, 0), length_max=len(tokens) + 100, drafting=Drafting(0))
+    return Sequence(request=request, choice=0, rank=(0, 0, 0), length_max=len(tokens) + 100)
 
 
 def computed(blocks: BlockCache, tokens: list[int], salt: str = "") -> Sequence:

@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -93,7 +93,7 @@ class TestWhereSettingsComeFrom:
         assert ours <= {field.name for field in fields(engine.config.EngineConfig)}
         engine.config.EngineConfig(**dict(flat(Engine())))  # and the defaults fit each other
 
-    def test_every_setting_reaches_the_engine(self, monkeypatch):
+    def test_every_setting_reaches_the_engine(self, monkeypatch, tmp_path):
         reached: list[engine.config.EngineConfig] = []
         monkeypatch.setattr(start, "build", lambda config, _folder: reached.append(config))
         changed = Engine(
@@ -109,11 +109,16 @@ class TestWhereSettingsComeFrom:
             sequences_max=8,
             drafts_max=2,
             overlap="off",
+            draft_experts=2,
         )
-        start._build(changed, Path())
+        (tmp_path / "config.json").touch()
+        with_model = replace(changed, draft_experts=0, draft_model=str(tmp_path), draft_weights="int4")
+        for settings in (changed, with_model):
+            start._build(settings, Path())
         for name, default in flat(Engine()):
-            assert getattr(changed, name) != default, f"{name} is not tested"
-            assert getattr(reached[0], name) == getattr(changed, name)
+            asked = [getattr(settings, name) for settings in (changed, with_model)]
+            assert asked != [default, default], f"{name} is not tested"
+            assert [str(getattr(one, name) or "") for one in reached] == [str(one or "") for one in asked]
 
 
 class TestWhatIsRefused:

@@ -202,7 +202,10 @@ def grammars(tokenizer) -> Grammars:
 
 def answers(checkpoint: Path, asked: list[Request], **engine) -> Iterator[tuple[FinishReason, list[int]]]:
     torch.set_num_threads(1)
-    core = build(EngineConfig(**{"block_size": 4, "cache_tokens": 2048, "weights": "fp32", **engine}), checkpoint)
+    core = build(
+        EngineConfig(**{"block_size": 4, "cache_tokens": 2048, "weights": "fp32", "drafts_max": 0, **engine}),
+        checkpoint,
+    )
     for one in asked:
         core.submit(one)
     outputs: dict[tuple[int, int], list[int]] = {}

@@ -233,6 +233,7 @@ def test_what_nobody_asked_for_costs_and_is_owed_by_nobody():
         charge(1, Work.OUTPUT, 100, index=0),
         charge(1, Work.OUTPUT, 100, index=1),  # past the stop string: the completion counts one token
         charge(1, Work.REJECTED, 50, tokens=3),
+        charge(1, Work.DRAFTED, 20, tokens=5),
         charge(1, Work.RECOMPUTED, 70, tokens=7),
     )
     events = cost_events(account, [usage(6, 0, 1)], BOOK, WHO)
@@ -241,6 +242,7 @@ def test_what_nobody_asked_for_costs_and_is_owed_by_nobody():
         (0, "output"): (1, 4000),
         (0, "discarded"): (1, 0),
         (0, "draft_rejected"): (3, 0),
+        (0, "drafted"): (5, 0),
         (0, "recomputed"): (7, 0),
     }
     assert all(picodollars(event.cost) > 0 for event in events)

@@ -7,6 +7,7 @@ tenth more temperature, a bound of top-p that is one token off or drafts that ar
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,11 @@ import torch
 
 import kernels.cpu
 from engine.sampler import draw
-from engine.sequence import Sequence
-from engine.speculative import Drafting
+from engine.sequence import Proposed, Sequence
 from engine.types import Request, Sampling
 from kernels import reference
 from kernels.ops import Ops
-from tests.scripted_model import Script, scripted_engine
+from tests.scripted_model import Erring, MakeDrafter, Script, own_drafter, scripted_engine, shared_drafter
 
 P_MIN = 1e-4
 NUM_DRAWS = 4000
@@ -89,9 +89,7 @@ def drawn(ops: Ops, logits: torch.Tensor, sampling: Sampling, num_choices: int =
     shares = []
     for number in range(NUM_DRAWS):
         asked = Request(id=0, prompt=PROMPT, sampling=_with_seed(sampling, number // num_choices))
-        sequence = Sequence(
-            request=asked, choice=number % num_choices, rank=(0, 0, 0), length_max=99, drafting=Drafting(0)
-        )
+        sequence = Sequence(request=asked, choice=number % num_choices, rank=(0, 0, 0), length_max=99)
         sequence.tokens += OUTPUT
         sequence.reach(len(sequence.tokens) - 1)
         shares.append(sequence.share(1))
@@ -139,23 +137,43 @@ def paths(script: Script, prompt: tuple[int, ...], length: int) -> dict[tuple[in
     return found
 
 
-@pytest.mark.parametrize("drafts", ["mostly right", "often wrong", "always wrong"])
-def test_drafts_leave_the_distribution_of_whole_outputs_as_it_was(monkeypatch, drafts: str) -> None:
+class Dice:
     """A draft is the likeliest token or any other, as the dice will have it: kept with the model's chance of it."""
-    script, prompt, length = Script(vocab_size=5, memory=2), (1, 2, 3), 4
-    dice = np.random.default_rng(3)
-    chance_right = {"mostly right": 0.9, "often wrong": 0.4, "always wrong": 0.0}[drafts]
 
-    def propose(_self: Drafting, tokens: list[int], num_max: int, _cost: float) -> list[int]:
-        proposed: list[int] = []
-        for _ in range(min(num_max, 3)):
-            likeliest = int(script.logits_after([*tokens, *proposed]).argmax())
-            is_right = dice.random() < chance_right
-            proposed.append(likeliest if is_right else (likeliest + int(dice.integers(1, 5))) % 5)
-        return proposed
+    def __init__(self, script: Script, chance_right: float) -> None:
+        self.script, self.chance_right, self.dice = script, chance_right, np.random.default_rng(3)
 
-    monkeypatch.setattr(Drafting, "propose", propose)
-    engine = scripted_engine(script, drafts_max=3, sequences_max=64, cache_tokens=4096)
+    def can_draft(self, sequence: Sequence) -> bool:
+        return True
+
+    def propose(self, wanted: Mapping[Sequence, int]) -> Proposed:
+        return Proposed({sequence: self._drafts(sequence.tokens, num) for sequence, num in wanted.items()})
+
+    def _drafts(self, tokens: list[int], num: int) -> list[int]:
+        drafts: list[int] = []
+        for _ in range(num):
+            likeliest = int(self.script.logits_after([*tokens, *drafts]).argmax())
+            is_right = self.dice.random() < self.chance_right
+            drafts.append(likeliest if is_right else (likeliest + int(self.dice.integers(1, 5))) % 5)
+        return drafts
+
+
+SCRIPT = Script(vocab_size=5, memory=2)
+DRAFTERS: dict[str, MakeDrafter] = {
+    "mostly right": lambda *_: Dice(SCRIPT, 0.9),
+    "often wrong": lambda *_: Dice(SCRIPT, 0.4),
+    "always wrong": lambda *_: Dice(SCRIPT, 0.0),
+    "a model, which draws by the same numbers": own_drafter(Erring(vocab_size=5, memory=2)),
+    "fewer experts, which do too": shared_drafter(Erring(vocab_size=5, memory=2)),
+}
+
+
+@pytest.mark.parametrize("drafts", DRAFTERS)
+def test_drafts_leave_the_distribution_of_whole_outputs_as_it_was(drafts: str) -> None:
+    script, prompt, length = SCRIPT, (1, 2, 3), 4
+    engine = scripted_engine(
+        script, drafts_max=3, draft_cost=0.0, drafter=DRAFTERS[drafts], sequences_max=64, cache_tokens=4096
+    )
     outputs: dict[int, list[int]] = {seed: [] for seed in range(NUM_DRAWS)}
     for seed in outputs:
         sampling = Sampling(tokens_max=length, temperature=1.0, seed=seed)

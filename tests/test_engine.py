@@ -7,14 +7,16 @@ import msgspec
 import pytest
 import torch
 
+import engine.build as build_module
 from engine import sampler
 from engine.build import build
 from engine.config import EngineConfig
 from engine.core import Core
 from engine.errors import EngineMisconfigured
+from engine.loader import read_spec
 from engine.types import Finished, FinishReason, Progress, Request, Sampling, Token
 from tests.parity import ARCHITECTURE_SHAPES
-from tests.tiny_models import SHAPES, VOCAB_SIZE, tiny, tiny_mixtral, transformers_greedy
+from tests.tiny_models import SHAPES, VOCAB_SIZE, tiny, tiny_llama, tiny_mixtral, transformers_greedy
 
 pytestmark = pytest.mark.timeout(600)  # importing transformers alone has taken 90 s on two busy cores
 
@@ -58,7 +60,8 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def engine(checkpoint: Path, **settings) -> Core:
     torch.set_num_threads(1)
-    return build(EngineConfig(**{"block_size": 4, "cache_tokens": 1024, "weights": "fp32", **settings}), checkpoint)
+    plain = {"block_size": 4, "cache_tokens": 1024, "weights": "fp32", "drafts_max": 0}
+    return build(EngineConfig(**{**plain, **settings}), checkpoint)
 
 
 def run(core: Core, *requests: Request) -> tuple[dict[tuple[int, int], list[Token]], dict[tuple[int, int], Finished]]:
@@ -126,6 +129,70 @@ def test_drafts_change_nothing(shape, expected):
 def test_steps_ahead_change_nothing(shape, expected):
     tight = {"cache_tokens": 112, "tokens_per_step_max": 16, "sequences_max": 4}
     assert greedy(engine(shape, overlap="on", **tight))[0] == expected
+
+
+def test_a_model_drafts_for_itself_with_one_expert_and_changes_nothing(shape, expected):
+    if not has_experts(shape):
+        with pytest.raises(EngineMisconfigured, match="draft_experts is 1; the model chooses 1 experts"):
+            engine(shape, drafts_max=3, draft_experts=1)
+        return
+    settings = {"cache_tokens": 112, "tokens_per_step_max": 16, "sequences_max": 4}
+    tokens, finished = greedy(engine(shape, drafts_max=3, draft_cost=0.0, draft_experts=1, **settings))
+    assert tokens == expected
+    assert sum(f.usage.num_drafted for f in finished) > sum(f.usage.num_accepted for f in finished) > 0
+
+
+def has_experts(shape: Path) -> bool:
+    return max(getattr(layer.feed_forward, "num_chosen", 1) for layer in read_spec(shape).layers) > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("drafter", [{"draft_experts": 1}, {"draft_model": "another"}, {"draft_model": "itself"}])
+def test_models_draft_and_change_nothing(checkpoint, tmp_path, drafter, temperature):
+    """With choices, penalties, prompts in chunks, cached prefixes and preemption, drafting by another model."""
+    if name := drafter.get("draft_model"):
+        drafter = {"draft_model": checkpoint if name == "itself" else tiny_llama(tmp_path, num_hidden_layers=1)}
+    tight = {"cache_tokens": 160, "tokens_per_step_max": 24, "sequences_max": 5, "drafts_max": 3, "draft_cost": 0.0}
+    sampling = {"tokens_max": 40, "temperature": temperature, "seed": 3}
+    asked = [
+        Request(id=0, prompt=tuple(PROMPTS[0]), sampling=Sampling(**sampling)),
+        Request(id=1, prompt=tuple(PROMPTS[1]), sampling=Sampling(num_choices=3, **sampling)),
+        Request(id=2, prompt=tuple(PROMPTS[3]), sampling=Sampling(frequency_penalty=0.7, num_logprobs=1, **sampling)),
+    ]
+    plain = run(engine(checkpoint), *asked)[0]
+    outputs, finished = run(engine(checkpoint, **tight, **drafter), *asked)
+    assert {choice: [token.token for token in tokens] for choice, tokens in outputs.items()} == {
+        choice: [token.token for token in tokens] for choice, tokens in plain.items()
+    }
+    usages = [end.usage for end in finished.values()]
+    num_drafted, num_accepted = (sum(getattr(u, name) for u in usages) for name in ("num_drafted", "num_accepted"))
+    assert num_drafted > 20
+    assert sum(usage.num_preemptions for usage in usages) > 0
+    # Drafts by another batch's sums: once in a while two tokens are all but equal.
+    assert num_accepted > 0.95 * num_drafted if name == "itself" else num_accepted < num_drafted
+
+
+def test_a_draft_models_cache_is_a_part_of_the_memory(checkpoint, monkeypatch):
+    monkeypatch.setattr(build_module, "free_memory_bytes", lambda device: 1 << 20)
+    alone = engine(checkpoint, cache_tokens=0).capacity.cache_tokens
+    assert (
+        engine(checkpoint, cache_tokens=0, drafts_max=1, draft_model=checkpoint).capacity.cache_tokens == alone // 8 * 4
+    )
+    assert engine(checkpoint, cache_tokens=0, drafts_max=1, draft_experts=1).capacity.cache_tokens == alone
+
+
+def test_drafts_are_on_unless_steps_overlap(checkpoint):
+    num_drafted = [
+        sum(end.usage.num_drafted for end in greedy(engine(checkpoint, drafts_max=None, overlap=overlap))[1])
+        for overlap in ("auto", "on")
+    ]
+    assert num_drafted[0] > num_drafted[1] == 0
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(checkpoint, tmp_path):
+    other = tiny_llama(tmp_path, vocab_size=96)
+    with pytest.raises(EngineMisconfigured, match=r"a vocabulary of 96 tokens, the model one of 97"):
+        engine(checkpoint, drafts_max=1, draft_model=other)
 
 
 def test_all_at_once_they_change_nothing(shape, expected):
@@ -277,7 +344,10 @@ def test_settings_that_do_not_suit_the_model_are_refused(checkpoint, settings, w
         ({"block_size": 0}, "block_size"),
         ({"cache_tokens": 100}, "take 112"),
         ({"sequences_max": 600}, "tokens_per_step_max"),
-        ({"drafts_max": 100}, "tokens_per_step_max"),
+        ({"draft_experts": -1}, "draft_experts"),
+        ({"draft_experts": 1, "draft_model": Path("x")}, "both set"),
+        ({"draft_experts": 1, "drafts_max": 0}, "nothing would be drafted"),
+        ({"draft_experts": 1, "overlap": "on"}, "a model drafts"),
         ({"drafts_max": -1}, "drafts_max"),
         ({"cache_memory_share": 1.0}, "cache_memory_share"),
     ],

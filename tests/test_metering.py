@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from engine.metering import Meter, Spent, apportion, work_in_vain, work_of
 from engine.sequence import Sequence
-from engine.speculative import Drafting
 from engine.types import Request, Sampling, Work
 
 
@@ -59,13 +58,30 @@ def test_a_step_that_computes_nothing_is_idle():
     assert meter.settle([]) == (40, [])
 
 
+def test_a_models_drafting_shares_its_own_time_and_no_other():
+    clock = Clock()
+    meter = Meter(clock)
+    clock.now_ns += 100
+    spent = [Spent(0, 0, Work.OUTPUT, 1, 3), Spent(1, 0, Work.OUTPUT, 4, 3), Spent(0, 0, Work.DRAFTED, 1)]
+    spent.append(Spent(1, 0, Work.DRAFTED, 2))
+    _, charges = meter.settle(spent, drafting_ns=30)
+    assert [charge.device_ns for charge in charges] == [14, 56, 10, 20]
+
+
+def test_drafting_that_computed_nothing_is_a_part_of_the_step():
+    clock = Clock()
+    meter = Meter(clock)
+    clock.now_ns += 100
+    _, charges = meter.settle([Spent(0, 0, Work.OUTPUT, 1, 3)], drafting_ns=30)
+    assert [charge.device_ns for charge in charges] == [100]
+
+
 def share_of(prompt: list[int], output: list[int], drafts: list[int], num_computed: int, num_reached: int, budget: int):
     sequence = Sequence(
         request=Request(id=3, prompt=tuple(prompt), sampling=Sampling(tokens_max=100)),
         choice=1,
         rank=(0, 0, 0),
         length_max=1000,
-        drafting=Drafting(0),
     )
     sequence.tokens += output
     sequence.drafts = drafts

@@ -48,7 +48,7 @@ def test_a_model_with_a_table_of_its_own_is_priced_by_it_in_each_tier(tmp_path: 
     assert book.price("large", "batch", "output", 1) == 20_000_000
 
 
-@pytest.mark.parametrize("kind", ["draft_rejected", "recomputed", "discarded"])
+@pytest.mark.parametrize("kind", ["draft_rejected", "drafted", "recomputed", "discarded"])
 def test_what_nobody_owes_has_a_price_of_zero(tmp_path: Path, kind):
     assert load(tmp_path, BOOK).price("any", "realtime", kind, 100) == 0
 

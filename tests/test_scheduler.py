@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from engine.errors import RequestRefused
 from engine.types import Finished, FinishReason, Request, Sampling, StepResult, Work
-from tests.scripted_model import Script, ScriptedEngine, Ticks, both_loops, scripted_engine  # noqa: F401
+from tests.scripted_model import (
+    Erring,
+    Script,
+    ScriptedEngine,
+    Ticks,
+    both_loops,  # noqa: F401
+    own_drafter,
+    scripted_engine,
+    shared_drafter,
+)
 
 STEPS_MAX = 3000  # no drawn case needs 1000; an engine that stands still must fail, not hang
 
@@ -109,13 +118,14 @@ requests = st.builds(
     num_blocks=st.integers(12, 40),
     sequences_max=st.integers(1, 6),
     drafts_max=st.sampled_from([0, 0, 3]),
+    drafter=st.sampled_from([None, own_drafter, shared_drafter]),
     budget=st.integers(0, 40),
     arrivals=st.lists(st.tuples(st.integers(0, 20), requests), min_size=1, max_size=10),
     cancellations=st.dictionaries(st.integers(0, 9), st.integers(0, 30), max_size=3),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_choice_gets_exactly_its_tokens_whatever_runs_beside_it(
-    script, block_size, num_blocks, sequences_max, drafts_max, budget, arrivals, cancellations
+    script, block_size, num_blocks, sequences_max, drafts_max, drafter, budget, arrivals, cancellations
 ):
     clock = Ticks()
     engine = scripted_engine(
@@ -126,7 +136,8 @@ def test_every_choice_gets_exactly_its_tokens_whatever_runs_beside_it(
         sequences_max=sequences_max,
         drafts_max=drafts_max,
         draft_cost=0.0,  # drafting wherever an n-gram repeats, worth it or not
-        tokens_per_step_max=sequences_max * (1 + drafts_max) + budget,
+        drafter=drafter and drafter(Erring(script.vocab_size, script.memory)),
+        tokens_per_step_max=sequences_max + budget,
     )
     started_ns = clock.now_ns
     engine.core.meter._mark_ns = started_ns

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from engine.sampler import draw
 from engine.sequence import Sequence
-from engine.speculative import Drafting
 from engine.steering import Steering, steer, steering_of
 from engine.types import Request, Sampling
 from kernels import reference
@@ -146,5 +145,4 @@ def sequence(sampling: Sampling, prompt: list[int]) -> Sequence:
         choice=0,
         rank=(0, 0, 0),
         length_max=100,
-        drafting=Drafting(0),
     )

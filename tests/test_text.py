@@ -258,3 +258,18 @@ def test_sixteen_long_stop_strings_take_microseconds_a_token(tokenizer):
     for token in tokens:
         text.feed(token)
     assert (time.perf_counter() - start) / len(tokens) < 1e-3  # 20 us here; a step takes milliseconds
+
+
+def test_a_draft_model_must_call_the_same_tokens_by_the_same_numbers(tokenizer, tmp_path):
+    folder = save_byte_level(tmp_path)
+    tokenizer.check_same(load_tokenizer(folder), "the draft model")
+    file = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = file["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(Misconfigured, match=r"token \d+ is b'[ab]' to the draft model and b'[ab]' to the model"):
+        tokenizer.check_same(load_tokenizer(folder), "the draft model")
+    (tmp_path / "other").mkdir()
+    other = load_tokenizer(save_byte_fallback(tmp_path / "other"))
+    with pytest.raises(Misconfigured, match=r"the draft model has \d+ tokens, the model \d+"):
+        tokenizer.check_same(other, "the draft model")

@@ -196,8 +196,14 @@ class Engine:
     """Tokens computed in one step."""
     sequences_max: Annotated[int, between(1, 4096)] = 32
     """Sequences computed in one step."""
-    drafts_max: Annotated[int, between(0, 64)] = 0
-    """Tokens drafted ahead for a sequence; 0: none."""
+    drafts_max: Annotated[int, between(0, 64)] | None = None
+    """Tokens drafted ahead for a sequence, at most and where it pays; 0: none. Default: 8 on a CPU, 0 on a GPU."""
+    draft_experts: Annotated[int, between(0, 64)] = 0
+    """The model drafts for itself with so many experts a token; 0: drafts are looked up in the text."""
+    draft_model: str = ""
+    """A smaller model with the same tokens, which drafts: by its name, or its folder."""
+    draft_weights: str = "auto"
+    """Weights of the draft model, as in weights."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Plan a step while the one before runs; auto: on a GPU, without drafts."""
 

@@ -65,6 +65,8 @@ async def run(settings: Settings, client: KafkaSettings | None = None) -> int:
             ):
                 folder = model_folder(settings.model)
                 tokenizer = load_tokenizer(folder)
+                if settings.engine.draft_model:
+                    tokenizer.check_same(load_tokenizer(model_folder(settings.engine.draft_model)), "the draft model")
                 core = await asyncio.to_thread(_build, settings.engine, folder)
                 steps: asyncio.Queue[StepResult | BaseException] = asyncio.Queue()
                 engine = _engine(core, steps)
@@ -108,6 +110,9 @@ def _build(settings: Engine, folder: Path) -> Core:
                 sequences_max=settings.sequences_max,
                 drafts_max=settings.drafts_max,
                 overlap=settings.overlap,
+                draft_experts=settings.draft_experts,
+                draft_model=model_folder(settings.draft_model) if settings.draft_model else None,
+                draft_weights=settings.draft_weights,
             ),
             folder,
         )

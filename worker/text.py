@@ -51,6 +51,17 @@ class Tokenizer:
         )
         self.eos_token_ids = eos
 
+    def check_same(self, other: "Tokenizer", name: str) -> None:
+        """Raise Misconfigured unless the other model calls the same tokens by the same numbers."""
+        own, others = self._bytes, other._bytes
+        if len(own) != len(others):
+            raise Misconfigured(f"{name} has {len(others)} tokens, the model {len(own)}: it cannot draft for it")
+        for number, (one, another) in enumerate(zip(own, others, strict=True)):
+            if one != another:
+                raise Misconfigured(
+                    f"token {number} is {another!r} to {name} and {one!r} to the model: it cannot draft for it"
+                )
+
     def encode(self, text: str, tokens_max: int) -> tuple[int, ...]:
         """The tokens of a text to go on from, with what the model wants before it. Raises RequestError if more."""
         return self._encode(text, tokens_max, special=True)

@@ -25,6 +25,7 @@ def start(folder: str, weights: str) -> tuple[str, Play]:
         cache_tokens=CACHE_TOKENS,
         tokens_per_step_max=TOKENS_PER_STEP,
         sequences_max=64,
+        drafts_max=0,  # random weights repeat themselves as no text does, and the other engines draft nothing
     )
     core = build(config, Path(folder))
     core.meter.start()

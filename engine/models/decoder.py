@@ -4,6 +4,7 @@ Owns the residual stream and the block cache's tensors. Which blocks belong to w
 batch comes from `engine/batch.py`, and what the logits become is the sampler's.
 """
 
+import copy
 from dataclasses import dataclass
 from math import prod
 from typing import Self
@@ -88,6 +89,12 @@ class Decoder:
         rotary_size = spec.layers[0].mixer.rotary_size  # one table of angles serves all layers
         self._inverse_frequencies = inverse_frequencies(spec.rope, rotary_size).to(weights.device)  # (D/2,)
 
+    def with_experts(self, num_chosen: int) -> "Decoder":
+        """The same model and weights, with so many experts for each token at most: faster, and less right."""
+        other = copy.copy(self)
+        other._layers = [layer.with_experts(num_chosen) for layer in self._layers]
+        return other
+
     def forward(
         self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, cache: KVCache, rows: Tensor
     ) -> Tensor:
@@ -117,6 +124,12 @@ class _Layer:
         self.mixer = _mixer(spec.mixer, weights, index)
         self.feed_forward_norm = weights.tensor(Parameter("feed_forward.norm", index))
         self.feed_forward = _feed_forward(spec.feed_forward, weights, index)
+
+    def with_experts(self, num_chosen: int) -> "_Layer":
+        other = copy.copy(self)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            other.feed_forward = self.feed_forward.with_experts(num_chosen)
+        return other
 
 
 def _mixer(spec: Mixer, weights: Weights, layer: int) -> GroupedQueryAttention | LatentAttention:

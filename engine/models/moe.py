@@ -3,7 +3,9 @@
 Owns which matrices are the router, the experts and the shared expert. Choosing and multiplying are the backend's.
 """
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -43,6 +45,12 @@ class MixtureOfExperts:
         self._linear = kernel.linear
         self._gate_up = kernel.stack([projection.weight for projection in gate_up])
         self._down = kernel.stack([projection.weight for projection in down])
+
+    def with_experts(self, num_chosen: int) -> "MixtureOfExperts":
+        """The same weights, of which each token chooses so many experts at most."""
+        other = copy.copy(self)
+        other._spec = replace(self._spec, num_chosen=min(num_chosen, self._spec.num_chosen))
+        return other
 
     def __call__(self, x: Tensor) -> Tensor:
         """The weighted sum of each token's chosen experts, plus the shared expert: x (T, C) -> (T, C)."""

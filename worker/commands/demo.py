@@ -46,7 +46,6 @@ app = App(name="demo")
 REQUESTS = Path(__file__).with_name("demo.jsonl")
 SOURCE = "/tokenmill/demo"
 PARTITIONS = 4  # more than one, so that requests finish out of their order; one worker has them all
-DRAFTS_MAX = 4  # n-gram drafts are off by default; here they show
 READY_S = 300.0  # loading takes 10 s; on two cores that others kept busy it has taken 90
 ANSWERS_S = 600.0  # 20 short answers take half a minute on two cores
 STOP_S = 30.0  # the worker's own drain takes 12 s at most
@@ -197,7 +196,6 @@ def _worker(kafka: Kafka, topics: Topics, model: Path) -> Iterator[_Worker]:
             "topics.prefix": topics.prefix,
             "group": f"{topics.prefix}-demo",
             "model": model,
-            "engine.drafts_max": DRAFTS_MAX,
             "health.port": port,
         }
         command = [sys.executable, "-m", "worker", "worker", *as_flags(flags)]
