@@ -88,6 +88,20 @@ class TestKafka(BrokerContract):
     def world(self, kafka):
         return KafkaWorld(kafka.brokers)
 
+    async def test_whoever_stays_keeps_its_partitions_when_others_come_and_go(self, world, crew):
+        topic = await world.topic(6)
+        a = await crew.alone(topic, partitions=6)
+        b = await crew.hire("b", topic)
+        await crew.until(lambda: len(a.places) == len(b.places) == 3)
+        before = {owner: set(owner.places) for owner in (a, b)}
+        c = await crew.hire("c", topic)
+        await crew.until(lambda: all(len(owner.places) == 2 for owner in (a, b, c)))
+        assert all(set(owner.places) < before[owner] for owner in (a, b))
+        before = {owner: set(owner.places) for owner in (b, c)}
+        await crew.dismiss(a)
+        await crew.until(lambda: len(b.places) == len(c.places) == 3)
+        assert all(before[owner] < set(owner.places) for owner in (b, c))
+
 
 class TestMemoryFaults:
     """What the simulation of crashes stands on."""

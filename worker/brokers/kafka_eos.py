@@ -46,6 +46,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.brokers import kafka_wire as wire
 from worker.brokers.base import Membership
+from worker.brokers.kafka_assignor import KeepingAssignor
 from worker.brokers.kafka_errors import COORDINATOR_MOVED, UNSTABLE_OFFSET_COMMIT
 from worker.brokers.kafka_sender import EpochSender, StrictSender
 
@@ -97,7 +98,8 @@ class StableConsumer(AIOKafkaConsumer):
     """
 
     def __init__(self, *, stable: bool = True, **options: Any) -> None:
-        super().__init__(**options)
+        assignor = KeepingAssignor(lambda: self._coordinator.generation)
+        super().__init__(partition_assignment_strategy=(assignor,), **options)
         self._stable = stable
 
     async def start(self) -> None:
