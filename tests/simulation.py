@@ -169,6 +169,7 @@ def service(
         granularity=granularity,
         worker=name,
         life=life,
+        clock=lambda: 0.0,
     )
     generations = Generations(
         engine=engine,

@@ -66,6 +66,7 @@ class Admitted(Struct, frozen=True, kw_only=True):
     grammar: str | None  # what the answer must follow: to be compiled before the engine has the request
     tokens_reserved: int  # places of the cache that it may come to need
     admitted_s: float  # seconds since 1970, as `deadline`; by the first worker that did
+    received_s: float  # the same by this worker
     handoff: Handoff | None = None  # where another worker has begun it
 
     @property
@@ -180,6 +181,7 @@ class Intake:
             # Never more than there is: choices beyond the cache's room run one after the other.
             tokens_reserved=min((len(prompt) + tokens_max) * generate.body.n, self._capacity.cache_tokens),
             admitted_s=now_s,
+            received_s=now_s,
         )
 
     def _fits(self, begun: Request, handoff: Handoff) -> bool:

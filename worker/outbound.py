@@ -1,10 +1,11 @@
 """What the worker says: the records of an answer with its bill, of a refusal, of a chunk and of a meter reading.
 
 Owns the composition, and nothing that it composes: messages are `outcome.py`'s, money is `cost.py`'s, topics and
-headers are `envelope.py`'s. Pure but for the envelope's clock; the service sends what comes out of here.
+headers are `envelope.py`'s. Pure but for two clocks; the service sends what comes out of here.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from schemas.cost import CostEvent, MeterReading, picodollars
 from schemas.handoff import Handoff
@@ -31,17 +32,20 @@ class Outbound:
         granularity: Granularity,
         worker: str,
         life: str,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`clock`: what answers are timed by."""
         self._envelope = envelope
         self._tokenizer = tokenizer
         self._prices = prices
         self._granularity: Granularity = granularity
         self._worker = worker
         self._life = life
+        self._clock = clock
 
     def answer(self, admitted: Admitted) -> Answer:
         """An answer to gather the engine's events in."""
-        return Answer(admitted, self._tokenizer, self._worker, self._envelope.clock)
+        return Answer(admitted, self._tokenizer, self._worker, self._clock)
 
     def refusal(self, record: Record, error: Refused, handoff: Handoff | None = None) -> Sequence[Outgoing]:
         """The failure of a record that never became a request; with `handoff`, of one that was to be gone on with."""

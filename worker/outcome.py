@@ -43,15 +43,20 @@ JSON_BYTES_PER_CHAR = 6  # a control character, as \u00XX; all others take fewer
 
 
 class Answer:
-    """One request's answer as it comes in. Whole when `done`; then `fault` says whether it is a failure."""
+    """One request's answer as it comes in. Whole when `done`; then `fault` says whether it is a failure.
+
+    Its times are the wall clock's as it was on receipt, and from then on count by one that nobody sets. So a step of
+    the wall clock shows only where two machines are compared: in the time on the topic, and across a hand-over.
+    """
 
     def __init__(
-        self, admitted: Admitted, tokenizer: Tokenizer, worker: str, clock: Callable[[], float] = time.time
+        self, admitted: Admitted, tokenizer: Tokenizer, worker: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        """`clock`: seconds, since whenever; now is when the request was received."""
         self.admitted = admitted
         self.id = place_id(admitted.input)
         self.worker = worker
-        self._clock = clock
+        self._clock, self._received_s = clock, clock()
         self._choices = [Choice(admitted, tokenizer) for _ in range(admitted.request.sampling.num_choices)]
         self._first_token_s: float | None = None
         self._done_s = admitted.admitted_s
@@ -63,7 +68,7 @@ class Answer:
     def take(self, event: Token) -> str:
         """The text that this token makes final. A token past a stop string is discarded, and makes none."""
         if self._first_token_s is None:
-            self._first_token_s = self._clock()
+            self._first_token_s = self._now_s()
         return self._choices[event.choice].take(event)
 
     def finish(self, event: Finished) -> str:
@@ -74,7 +79,7 @@ class Answer:
         if event.reason is EngineReason.INTERRUPTED and not choice.stream.stopped:
             choice.interrupt(event.usage)
             return ""
-        self._done_s = self._clock()
+        self._done_s = self._now_s()
         return choice.finish(event)
 
     @property
@@ -167,7 +172,7 @@ class Answer:
 
     @property
     def timing(self) -> Timing:
-        """Where the time went. A clock that was set back shows as no time, never as less."""
+        """Where the time went. What another machine's clock makes less than nothing shows as no time."""
         start, end = self.admitted.admitted_s, self._done_s
         first = end if self._first_token_s is None else self._first_token_s
         return Timing(
@@ -175,6 +180,9 @@ class Answer:
             time_to_first_token_ms=_ms(first - start),
             generation_time_ms=_ms(end - first),
         )
+
+    def _now_s(self) -> float:
+        return self.admitted.received_s + self._clock() - self._received_s
 
     def completion(self, bill: Bill | None) -> Completion:
         """The one answer to the request, a failure where there is a `fault`. Only once `done`."""
@@ -184,7 +192,7 @@ class Answer:
 
     def give_up(self, error: RequestError, bill: Bill | None) -> Completion:
         """The answer to a request that is not gone on with, done or not: its deadline has come."""
-        self._done_s = self._clock()
+        self._done_s = self._now_s()
         return self._failure(error, bill)
 
     def _success(self, bill: Bill | None) -> Completion:
