@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
 
 from schemas.codec import decode_result
 from schemas.cost import CostEvent, MeterReading
@@ -44,7 +46,8 @@ T = TypeVar("T")
 PATIENCE_S = 120.0  # for the last answer: several takeovers on a busy machine
 SETTLED_S = 60.0  # after the last worker has left: the transactions of the dead time out within 10
 LOOK_S = 0.02  # how coarsely times are taken
-LEAVE_S = 30.0  # of a worker that was asked to: its budget is 12 s, and the machine may be busy
+LEAVE_S = 30.0  # of a worker that was asked to: its budget is 8 s, and the machine may be busy
+CALL_S_MAX = 300.0  # of a call in a process of its own: a hundred seeds of the simulation take 20
 
 # Imports once what every worker needs; workers are forked from it.
 _NURSERY = multiprocessing.get_context("forkserver")
@@ -59,16 +62,17 @@ def _warm_nursery() -> None:
 
 
 def in_nursery(call: Callable[[str], T], argument: str, failed: T) -> T:
-    """What the call returns in a process of its own, or `failed` if that broke."""
+    """What the call returns in a process of its own, or `failed` if that broke or hangs."""
     ours, theirs = _NURSERY.Pipe()
     process = _NURSERY.Process(target=_send_result, args=(call, argument, theirs))
     process.start()
     theirs.close()
     try:
-        return ours.recv()
+        return ours.recv() if ours.poll(CALL_S_MAX) else failed
     except EOFError:
         return failed
     finally:
+        process.kill()
         process.join()
 
 
@@ -118,12 +122,18 @@ class Hired:
     name: str
     process: BaseProcess
     tokens_file: Path
+    refusals_file: Path
     log: Path
 
     @property
     def num_tokens(self) -> int:
         """How many tokens it has computed."""
         return int(struct.unpack("<q", self.tokens_file.read_bytes())[0]) if self.tokens_file.exists() else 0
+
+    @property
+    def refusals_s(self) -> list[tuple[float, float]]:
+        """How long each refusal took, from the poll to the outbox: by the clock, and of the processor."""
+        return list(struct.iter_unpack("<2d", self.refusals_file.read_bytes()))
 
     @property
     def memory_bytes(self) -> int:
@@ -169,6 +179,7 @@ class Campaign:
             prefix=name,
             model=str(model),
             tokens_file="",
+            refusals_file="",
             log="",
         )
         self._job = msgspec.structs.replace(self._job, **job)
@@ -197,6 +208,16 @@ class Campaign:
             for one in self._workers.values():
                 one.process.kill()
                 one.process.join()
+
+    async def delete_topics(self) -> None:
+        """The group's topics are gone, with all that is in them; unless the brokers are too busy for that."""
+        admin = AIOKafkaAdminClient(**self.client.client_options())
+        try:
+            with suppress(KafkaError):
+                await admin.start()
+                await admin.delete_topics(list(self.topics.by_setting.values()))
+        finally:
+            await admin.close()
 
     @asynccontextmanager
     async def replayed(self) -> AsyncIterator["Campaign"]:
@@ -278,11 +299,13 @@ class Campaign:
 
     def _start(self, name: str, job: Job, stop: Stop | None = None) -> Hired:
         kept = self.folder / f"{name}-{len(self.lives)}"
-        tokens_file, log = kept.with_suffix(".tokens"), kept.with_suffix(".log")
-        own = msgspec.structs.replace(job, name=name, stop=stop, tokens_file=str(tokens_file), log=str(log))
+        tokens_file, refusals_file, log = (kept.with_suffix(f".{kind}") for kind in ("tokens", "refusals", "log"))
+        own = msgspec.structs.replace(
+            job, name=name, stop=stop, tokens_file=str(tokens_file), refusals_file=str(refusals_file), log=str(log)
+        )
         process = _NURSERY.Process(target=serve, args=(own,), daemon=True)
         process.start()
-        self._workers[name] = Hired(name, process, tokens_file, log)
+        self._workers[name] = Hired(name, process, tokens_file, refusals_file, log)
         self.lives.append(self._workers[name])
         return self._workers[name]
 
@@ -303,9 +326,10 @@ class Campaign:
 
     async def until_answered(self, requests: Collection[Input] | None = None, patience_s: float = PATIENCE_S) -> bool:
         """Whether these requests, or all, have answers before patience ends. Workers that end are revived."""
+        missing = set(self.asked if requests is None else requests)
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
-                while not set(self.asked if requests is None else requests) <= self.live.answered:
+                while missing := missing - self.live.answered:
                     self.revive()
                     await asyncio.sleep(LOOK_S)
                 return True

@@ -15,7 +15,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,14 +34,14 @@ from engine.core import Core
 from engine.errors import EngineMisconfigured, ModelError
 from engine.types import Request, StepResult, Work
 from tests.scripted_model import Script, scripted_engine
-from worker.brokers.base import Outgoing
+from worker.brokers.base import Outgoing, Place, Record
 from worker.brokers.kafka import KafkaBroker
 from worker.brokers.kafka_settings import KafkaSettings
 from worker.config import Bill, Engine, Health, Kafka, Log, Notice, Security, Settings, Topics
 from worker.envelope import Envelope
 from worker.errors import Fatal, Misconfigured
 from worker.intake import Intake
-from worker.outcome import Answer
+from worker.partition import Outcome, Partition
 from worker.start import run
 from worker.text import load_tokenizer
 
@@ -96,7 +96,7 @@ class Job(Struct, frozen=True, kw_only=True):
     events: Literal["token", "request"] = "token"
     attempts_max: int = 4
     silence_s_max: float = 120.0  # of the engine
-    drain_s: float = 12.0
+    drain_s: float = 8.0
     notices: str = ""  # the folder in which a file of its name tells it to leave
     drafts_max: int = 0
     health_port: int = 0
@@ -104,6 +104,7 @@ class Job(Struct, frozen=True, kw_only=True):
     network: str = ""  # the network namespace that it is in
     stop: Stop | None = None
     tokens_file: str  # where the number of tokens computed is kept, 8 bytes: it outlives the process
+    refusals_file: str  # seconds that each refusal took, 16 bytes: by the clock, and of the processor
     log: str  # the file of all that the process says
 
 
@@ -155,12 +156,42 @@ class Watch:
         return answer
 
 
-class WatchedBroker(KafkaBroker):
-    """Tells the watch of bursts of answers."""
+class Refusals:
+    """Notes how long each refusal takes, from the poll that brought the record to the outbox."""
 
-    def __init__(self, watch: Watch, settings: KafkaSettings) -> None:
+    def __init__(self, file: Path) -> None:
+        self._file = file.open("ab", buffering=0)
+        self._polled_s: dict[tuple[Place, int], tuple[float, float]] = {}
+
+    def polled(self, records: Sequence[Record]) -> None:
+        """These records have come."""
+        self._polled_s |= dict.fromkeys(((one.place, one.offset) for one in records), _times_s())
+
+    def finish(self, finish: Any, partition: Partition, offset: int, outcome: Outcome) -> None:
+        """Stands in the place of the partition's own."""
+        finish(partition, offset, outcome)
+        polled_s = self._polled_s.pop((partition.place, offset))
+        if outcome.account is None:  # it never was the engine's
+            self._file.write(struct.pack("<2d", *(now - then for now, then in zip(_times_s(), polled_s, strict=True))))
+
+
+def _times_s() -> tuple[float, float]:
+    """By the clock, and of the processor for this thread: the event loop's."""
+    return time.monotonic(), time.thread_time()
+
+
+class WatchedBroker(KafkaBroker):
+    """Tells the watch of bursts of answers, and the refusals of what was polled."""
+
+    def __init__(self, watch: Watch, refusals: Refusals, settings: KafkaSettings) -> None:
         super().__init__(settings)
         self._watch = watch
+        self._refusals = refusals
+
+    async def poll(self, places: Collection[Place], num_max: int, timeout_s: float) -> list[Record]:
+        records = await super().poll(places, num_max, timeout_s)
+        self._refusals.polled(records)
+        return records
 
     async def begin(self) -> None:
         self._watch.is_answering = False
@@ -181,7 +212,7 @@ class WatchedCore(Core):
         self._watch = watch
         self._step_s = job.step_s
         self._num_tokens = 0
-        self._tokens = _shared(Path(job.tokens_file))
+        self._tokens = shared(Path(job.tokens_file))
 
     def submit(self, request: Request) -> None:
         if request.sampling.seed == DEADLY_SEED:
@@ -218,13 +249,13 @@ class Loading(Struct, frozen=True):
     """How a process loaded a model."""
 
     exit_code: int
-    duration_s: float
+    duration_s: float  # of the processor: the machine does other things meanwhile
     grown_bytes: int  # of its memory, at the most
 
 
 def load_model(folder: str) -> Loading:
     """Loads the model as a worker does, and nothing more."""
-    begun_s, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun_s, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     exit_code = 0
     try:
         load_tokenizer(Path(folder))
@@ -232,15 +263,17 @@ def load_model(folder: str) -> Loading:
     except (ModelError, EngineMisconfigured, Misconfigured):
         exit_code = Misconfigured.exit_code
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return Loading(exit_code, time.monotonic() - begun_s, grown << 10)
+    return Loading(exit_code, time.process_time() - begun_s, grown << 10)
 
 
 def _run(job: Job) -> int:
     watch, send = Watch(job.stop), AIOKafkaConnection.send
+    refusals, finish = Refusals(Path(job.refusals_file)), Partition.finish
     core = partial(WatchedCore, job, watch)
     with ExitStack() as patched:
         for name, value in {
-            "worker.start.KafkaBroker": partial(WatchedBroker, watch),
+            "worker.start.KafkaBroker": partial(WatchedBroker, watch, refusals),
+            "worker.partition.Partition.finish": lambda *given: refusals.finish(finish, *given),
             "aiokafka.conn.AIOKafkaConnection.send": lambda *given, **named: watch.send(send, *given, **named),
             "worker.service.SILENCE_S_MAX": job.silence_s_max,
             "engine.build.Core": core,
@@ -318,12 +351,12 @@ def _set_clock(file: Path) -> None:
         return real() + float(struct.unpack("<d", ahead)[0])
 
     time.time = shifted
-    for call in (Intake.__init__, Envelope.__init__, Answer.__init__):
+    for call in (Intake.__init__, Envelope.__init__):
         call.__defaults__ = call.__defaults__ and tuple(shifted if one is real else one for one in call.__defaults__)
         call.__kwdefaults__ = {n: shifted if one is real else one for n, one in (call.__kwdefaults__ or {}).items()}
 
 
-def _shared(file: Path) -> mmap.mmap:
+def shared(file: Path) -> mmap.mmap:
     """Eight bytes of the file, which keeps whatever is written to them, however this process ends."""
     file.write_bytes(bytes(8))
     with file.open("r+b") as opened:

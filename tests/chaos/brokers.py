@@ -12,7 +12,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 from tests.campaign import LOOK_S, some_requests
-from tests.chaos.fault import Fault, Finding, Trial, judged
+from tests.chaos.fault import Fault, Finding, Trial, judged, own_brokers
 from tests.chaos.workers import STEP_S
 from worker.errors import TokenmillError, Unavailable
 from worker.health import BROKER_SILENCE_MAX_S
@@ -70,9 +70,10 @@ async def disk_full(trial: Trial) -> Finding:
     if os.geteuid():
         return Finding(violations=["not root: a small disk cannot be mounted here"])
     disk = trial.folder.absolute() / "disk"
-    with mounted(disk), Cluster(disk / "kafka") as cluster:
-        stack = replace(trial.stack, brokers=cluster.brokers, own_cluster=cluster)
-        return await fill_and_free(replace(trial, stack=stack), disk / "filler")
+    with mounted(disk):
+        async with own_brokers(disk / "kafka") as cluster:
+            stack = replace(trial.stack, brokers=cluster.brokers, own_cluster=cluster)
+            return await fill_and_free(replace(trial, stack=stack), disk / "filler")
 
 
 async def fill_and_free(trial: Trial, filler: Path) -> Finding:
@@ -143,6 +144,8 @@ FAULTS = (
         unit="restarts",
         pr=6,
         nightly=50,
+        percent=50,
+        nodes=1,
         recovery_max_s=RESUMED_MAX_S,
         run=restart,
     ),
@@ -153,6 +156,7 @@ FAULTS = (
         pr=0,
         nightly=20,
         per_trial=5,
+        percent=150,
         nodes=NODES,
         run=rolling_kill,
     ),
@@ -162,6 +166,7 @@ FAULTS = (
         unit="full disks",
         pr=1,
         nightly=5,
+        percent=30,
         recovery_max_s=RESUMED_MAX_S,
         run=disk_full,
     ),

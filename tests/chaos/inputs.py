@@ -4,11 +4,13 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Sequence
+from statistics import median
 
 from schemas.codec import header_text
 from schemas.results import Completion, ErrorCode, Input
 from tests.campaign import LOOK_S, PATIENCE_S, Campaign, some_requests
 from tests.chaos.fault import Fault, Finding, Trial, judged
+from tests.chaos.report import p99
 from tests.hostile import ADMITTED, REFUSED, chat, fuzz, line, record, text
 from tests.invariants import place
 from worker.brokers.base import Outgoing, Record
@@ -61,6 +63,11 @@ async def hostile(trial: Trial) -> Finding:
         finding.expect(len(campaign.lives) == 1, "the worker had to be started anew")
         finding.expect(len(codes) > 2, f"chance has made too little: {codes}")
         finding.notes.append(f"seed {trial.seed}: memory grew by {max(0, grown) >> 20} MiB over {len(records)} records")
+        for unit, times_s in zip(("ms", "ms of the processor"), zip(*worker.refusals_s, strict=True), strict=True):
+            finding.notes.append(
+                f"seed {trial.seed}: from the poll to the outbox a refusal took {median(times_s) * 1000:.1f} {unit} at "
+                f"the median, {p99(times_s) * 1000:.1f} at p99"
+            )
         return finding
 
 
@@ -169,6 +176,7 @@ FAULTS = (
         pr=10_000,
         nightly=1_000_000,
         per_trial=10_000,
+        percent=70,
         run=hostile,
     ),
     Fault(
@@ -178,6 +186,7 @@ FAULTS = (
         pr=200,
         nightly=2000,
         per_trial=100,
+        percent=40,
         run=oversize,
     ),
     Fault(
@@ -187,6 +196,7 @@ FAULTS = (
         pr=500,
         nightly=5000,
         per_trial=500,
+        percent=65,
         run=twice,
     ),
 )

@@ -5,6 +5,7 @@ A campaign may be run in parts: the report has the last run of each fault, with 
 
 import os
 import platform
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +29,23 @@ class Run:
 
     fault: Fault
     first_seed: int
-    num_strikes: int = 0
-    duration_s: float = 0.0
+    sizes: Sequence[int]  # of each trial
     findings: dict[int, Finding] = field(default_factory=dict)  # by seed
     control: Finding | None = None
+    _begun_s: float | None = None
+    duration_s: float = 0.0  # from the first trial's beginning to the last one's end
+
+    def begin(self) -> float:
+        """A trial begins: when."""
+        now_s = time.monotonic()
+        self._begun_s = now_s if self._begun_s is None else self._begun_s
+        return now_s
+
+    def end(self, seed: int, finding: Finding) -> None:
+        """A trial is over, and has shown this."""
+        assert self._begun_s is not None
+        self.findings[seed] = finding
+        self.duration_s = time.monotonic() - self._begun_s
 
     @property
     def control_fails(self) -> bool:
@@ -68,16 +82,17 @@ class Line(Struct, frozen=True, kw_only=True):
     notes: list[str]
     problems: list[str]
     command: str
+    command_s: float  # how long that took, with all else that it ran
 
 
-def line_of(run: Run, command: str) -> Line:
-    """The run, once it is over. `command` made it."""
+def line_of(run: Run, command: str, command_s: float) -> Line:
+    """The run, once it is over. `command` made it, and has taken so long by now."""
     findings = [finding for _, finding in sorted(run.findings.items())]
     return Line(
         id=run.fault.id,
         title=run.fault.title,
         unit=run.fault.unit,
-        num_strikes=run.num_strikes,
+        num_strikes=sum(run.sizes),
         first_seed=run.first_seed,
         failed_seeds=sorted(seed for seed, finding in run.findings.items() if finding.violations),
         num_violations=sum(len(finding.violations) for finding in findings),
@@ -88,6 +103,7 @@ def line_of(run: Run, command: str) -> Line:
         notes=list(dict.fromkeys(note for finding in findings for note in finding.notes)),
         problems=run.problems,
         command=command,
+        command_s=command_s,
     )
 
 
@@ -119,7 +135,10 @@ def markdown(lines: Sequence[Line]) -> str:
             *(f"- {line.id}: {note}" for line in lines for note in line.notes),
             *(f"- **{line.id}**: {problem}" for line in lines for problem in line.problems),
             "",
-            *(f"`{command}`: {', '.join(ids)}" for command, ids in _by_command(lines).items()),
+            *(
+                f"`{command}`: {', '.join(line.id for line in made)}, in {max(line.command_s for line in made):.0f} s"
+                for command, made in _by_command(lines).items()
+            ),
         ]
     )
 
@@ -152,10 +171,10 @@ def _how_strong(lines: Sequence[Line]) -> list[str]:
     return [f"No violation in {num_kills} kills: with 95 % confidence fewer than {share:.1%} of kills do harm.", ""]
 
 
-def _by_command(lines: Sequence[Line]) -> Mapping[str, list[str]]:
-    commands: dict[str, list[str]] = {}
+def _by_command(lines: Sequence[Line]) -> Mapping[str, list[Line]]:
+    commands: dict[str, list[Line]] = {}
     for line in lines:
-        commands.setdefault(line.command, []).append(line.id)
+        commands.setdefault(line.command, []).append(line)
     return commands
 
 

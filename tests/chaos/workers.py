@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from tests.campaign import PATIENCE_S, Campaign, Hired, long_requests, said, some_requests
-from tests.chaos.fault import SESSION_S, Control, Fault, Finding, Trial, judged
+from tests.chaos.fault import SESSION_S, TRIAL_S_MAX, Control, Fault, Finding, Trial, judged
 from tests.worker_process import POINTS, Stop
 
 STEP_S = 0.01  # a hundred requests take two seconds so: kills find some under way, some committed, some in the log
@@ -178,8 +178,10 @@ async def interrupt(trial: Trial) -> Finding:
             else:
                 await campaign.gone(name)
                 campaign.hire(name)
-        finding = await judged(campaign, violations=stayed.violations)
-        finding.expect(said(campaign.live.completions) == expected, "an answer or a price is not what it was to be")
+        await campaign.until_answered()
+        found = said(campaign.live.completions)
+        wrong = [f"{name}: {one}, and not {expected[name]}" for name, one in found.items() if one != expected[name]]
+        finding = await judged(campaign, violations=[*stayed.violations, *wrong])
         finding.expect(bool(campaign.live.handoffs), "nothing was handed over")
         finding.notes.append(f"seed {trial.seed}: {len(campaign.live.handoffs)} requests were handed over half done")
         return finding
@@ -269,7 +271,7 @@ FAULTS = (
         pr=20,
         nightly=300,
         per_trial=5,
-        at_once=2,
+        percent=90,
         recovery_max_s=RECOVERY_MAX_S,
         run=kill_at_random,
     ),
@@ -279,7 +281,7 @@ FAULTS = (
         unit="kills",
         pr=3 * len(POINTS),
         nightly=50 * len(POINTS),
-        at_once=3,
+        percent=60,
         recovery_max_s=RECOVERY_MAX_S,
         run=kill_at_a_point,
     ),
@@ -290,6 +292,7 @@ FAULTS = (
         pr=10,
         nightly=100,
         per_trial=5,
+        percent=60,
         recovery_max_s=LEFT_MAX_S,
         run=leave_on_purpose,
     ),
@@ -299,7 +302,7 @@ FAULTS = (
         unit="freezes",
         pr=5,
         nightly=50,
-        at_once=3,
+        percent=50,
         recovery_max_s=REJOINED_MAX_S,
         control=Control(job={"stock_commits": True}, shows="was answered 2 times"),
         run=freeze,
@@ -311,7 +314,7 @@ FAULTS = (
         pr=50,
         nightly=500,
         per_trial=10,
-        at_once=2,
+        percent=60,
         run=interrupt,
     ),
     Fault(
@@ -321,6 +324,8 @@ FAULTS = (
         pr=60,
         nightly=600,
         per_trial=600,
+        trial_s_max=600 + TRIAL_S_MAX,
+        percent=35,
         run=storm,
     ),
     Fault(
@@ -330,6 +335,8 @@ FAULTS = (
         pr=0,
         nightly=3600,
         per_trial=3600,
+        trial_s_max=3600 + TRIAL_S_MAX,
+        percent=100,
         run=soak,
     ),
 )
