@@ -265,5 +265,5 @@ def _read_json(file: Path, kind: type[T], bytes_max: int) -> T:
         if file.stat().st_size > bytes_max:
             raise ModelError(f"{file} is longer than {bytes_max} bytes")
         return msgspec.json.decode(file.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{file}: {error}") from error

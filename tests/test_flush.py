@@ -10,7 +10,7 @@ from worker.brokers.base import Membership, Outgoing, Place, Position
 from worker.brokers.memory import Fault, FaultAt, MemoryBroker
 from worker.brokers.memory_cluster import MemoryCluster
 from worker.errors import Fenced, Misconfigured, OutcomeUnknown, Unavailable
-from worker.flush import ATTEMPTS_MAX, flush
+from worker.flush import ATTEMPTS_MAX, BURST_BYTES_MAX, flush, portions
 from worker.partition import Burst, Outcome
 
 IN, OUT = Place("in", 0), Place("out", 0)
@@ -231,3 +231,21 @@ async def test_two_faults_in_a_row_are_resolved_like_one():
         assert seen(cluster) == [ANSWER, NOTE], f"faults at points {number} and after"
         reached = first.reached
     assert number > 8  # four kinds of calls, each with two moments
+
+
+def a_burst(num_bytes: int) -> Burst:
+    return Burst(outcomes=[Outcome(records=[record(bytes(num_bytes))])], attempts=(), before=START, position=DONE)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ([], [[]]),
+        ([1, BURST_BYTES_MAX - 1, 1], [[0, 1], [2]]),
+        ([BURST_BYTES_MAX + 1, 1, 1], [[0], [1, 2]]),
+        ([1, BURST_BYTES_MAX + 1, 1], [[0], [1], [2]]),
+    ],
+)
+def test_partitions_share_a_transaction_as_long_as_it_stays_small(sizes, parts):
+    bursts = {Place("in", number): a_burst(size) for number, size in enumerate(sizes)}
+    assert [[place.partition for place in part] for part in portions(bursts)] == parts

@@ -203,8 +203,9 @@ class TestHostileFolders:
             "[" * 100_000,
             '{"a": ' * 100_000,
             "\xff",
+            '{"\xd9": 1}',
         ],
-        ids=["empty", "a list", "cut", "a number", "nested", "a bomb of lists", "a bomb of objects", "not UTF-8"],
+        ids=["empty", "a list", "cut", "number", "nested", "bomb of lists", "of objects", "not UTF-8", "not in a name"],
     )
     def test_a_config_that_is_none(self, llama: Path, text: str) -> None:
         (llama / "config.json").write_text(text, encoding="latin-1")

@@ -634,6 +634,26 @@ async def test_a_partition_that_stays_keeps_its_requests_and_one_that_goes_is_wa
 
 
 @virtually
+async def test_what_is_too_much_for_one_transaction_is_committed_in_several(tokenizer, monkeypatch):
+    monkeypatch.setattr("worker.flush.BURST_BYTES_MAX", 1)
+    commits: list[int] = []
+
+    async def count(call, moment):
+        if (call, moment) == ("commit", "after"):
+            commits.append(len(stage.completions))
+
+    stage = Stage(tokenizer, partitions=3)
+    worker = stage.hire(fault=count)
+    for partition in range(3):
+        stage.ask(partition=partition)
+    for request in await worker.requests(3):
+        worker.engine.answers(request)
+    await stage.answers(3)
+    assert {1, 2, 3} <= set(commits)
+    assert stage.violations() == []
+
+
+@virtually
 async def test_a_partition_may_go_while_its_last_chunk_is_sent_and_takes_no_finished_answer_with_it(tokenizer):
     sending, sent = asyncio.Event(), asyncio.Event()
 

@@ -11,7 +11,7 @@ Nothing is ever retried inside a transaction whose end is unknown.
 """
 
 from asyncio import gather
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from worker.brokers.base import Broker, Membership, Outgoing, Place
 from worker.errors import Fenced, OutcomeUnknown, Unavailable
@@ -19,6 +19,26 @@ from worker.partition import Burst
 
 # Each attempt waits for the client's own timeouts, so this many amount to minutes without a working coordinator.
 ATTEMPTS_MAX = 5
+
+# Of one transaction's records. What a line cannot carry within the transaction's timeout is refused and sent again,
+# with all that has come since: for ever. So much is 100 KB with lz4, 2 s of a line with 64 KB/s; most have a tenth.
+BURST_BYTES_MAX = 512 << 10
+
+
+def portions(bursts: Mapping[Place, Burst]) -> Iterator[Mapping[Place, Burst]]:
+    """The bursts in parts, each to be flushed by itself: as many partitions as keep below `BURST_BYTES_MAX`, or one.
+
+    One part at least: where there are no bursts, it is empty.
+    """
+    part: dict[Place, Burst] = {}
+    room = BURST_BYTES_MAX
+    for place, burst in bursts.items():
+        if part and burst.num_bytes > room:
+            yield part
+            part, room = {}, BURST_BYTES_MAX
+        part[place] = burst
+        room -= burst.num_bytes
+    yield part
 
 
 async def flush(

@@ -35,6 +35,15 @@ class Burst:
     before: Position
     position: Position
 
+    @property
+    def num_bytes(self) -> int:
+        """What its records hold, before compression."""
+        return sum(
+            len(record.value or b"") + sum(len(name) + len(value or b"") for name, value in record.headers)
+            for outcome in self.outcomes
+            for record in outcome.records
+        )
+
 
 @dataclass
 class Partition:

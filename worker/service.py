@@ -19,7 +19,7 @@ from worker.containment import Gate
 from worker.cost import Account, Meter, WasteReason
 from worker.drain import Drain
 from worker.errors import Fatal, Fenced
-from worker.flush import flush
+from worker.flush import flush, portions
 from worker.generations import Engine, Generations
 from worker.health import Vitals
 from worker.outbound import Outbound
@@ -191,7 +191,16 @@ class Service:
         self._has_news.clear()
         partitions = self._partitions
         taken = ((place, one.last_burst() if is_last else one.burst()) for place, one in partitions.items())
-        bursts = {place: burst for place, burst in taken if burst}
+        for bursts in portions({place: burst for place, burst in taken if burst}):
+            if not await self._settle_bursts(bursts, partitions, membership):
+                return
+        self._telemetry.lag(await self._broker.lag())
+        self._go_on()
+
+    async def _settle_bursts(
+        self, bursts: Mapping[Place, Burst], partitions: Mapping[Place, Partition], membership: Membership
+    ) -> bool:
+        """Whether these bursts are committed. Otherwise we hold what is still ours of all these partitions."""
         started_s = _now_s()
         reading = self._meter.reading(_accounts(bursts.values()))
         try:
@@ -203,7 +212,7 @@ class Service:
             await self._hold(tuple(partitions), "lost" if error.outcome_known else "unknown")
             if self._membership:  # else a rebalance waits for us, and seeks by itself
                 self._seek()
-            return
+            return False
         for place, burst in bursts.items():
             partitions[place].settle(burst)
         for account in _accounts(bursts.values()):
@@ -212,8 +221,7 @@ class Service:
         num_records = 1 + sum(len(outcome.records) for burst in bursts.values() for outcome in burst.outcomes)
         self._telemetry.flushed(num_records, _now_s() - started_s, num_attempts)
         self._telemetry.metered(reading)
-        self._telemetry.lag(await self._broker.lag())
-        self._go_on()
+        return True
 
     # ---------------------------------------------------------------------------------------------------- rebalances
 
