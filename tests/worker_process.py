@@ -207,8 +207,8 @@ class WatchedBroker(KafkaBroker):
 class WatchedCore(Core):
     """Counts the tokens that it computes, and dies or hangs of the requests that ask for it."""
 
-    def __init__(self, job: Job, watch: Watch, *parts: Any) -> None:
-        super().__init__(*parts)
+    def __init__(self, job: Job, watch: Watch, *parts: Any, **options: Any) -> None:
+        super().__init__(*parts, **options)
         self._watch = watch
         self._step_s = job.step_s
         self._num_tokens = 0
