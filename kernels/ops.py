@@ -64,6 +64,36 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of each query's and each key's head."""
+
+    query: Tensor  # (D,)
+    key: Tensor  # (D,)
+    eps: float
+
+
+class RotateAndWrite(Protocol):
+    """From a step's heads to what attention works on: heads (T, H + 2 G, D) are queries, keys and values.
+
+    Queries and keys are normed where there are norms, and rotated as by `rotary`; keys and values go to their slots as
+    by `write_kv`.
+    """
+
+    def __call__(
+        self,
+        heads: Tensor,
+        norms: HeadNorms | None,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        """The rotated queries (T, H, D)."""
+        ...
+
+
 class ClampedSwiGlu(Protocol):
     """gate * sigmoid(alpha * gate) * (up + 1), after both are clamped: gate to at most `limit`, up to within plus and
     minus `limit`.
@@ -160,6 +190,8 @@ class Ops:
 
     The caches are as in `Attention`.
     """
+
+    rotate_and_write: RotateAndWrite
 
     attention: Attention
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from kernels import weights
 from kernels.cache import FP8_MAX, by_slot, bytes_of, decode, encode, kept_size
-from kernels.ops import AttentionBatch, Linear, Ops, SamplingRow, WeightKernel
+from kernels.ops import AttentionBatch, HeadNorms, Linear, Ops, RotateAndWrite, SamplingRow, WeightKernel
 
 ACTIVATION_GROUP = 64  # neighbours along `in` that share a scale: docs/decisions/0016-rows-quantized-on-cpu.md
 
@@ -43,6 +43,35 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     """Each token's key and value stand in its slot, as the cache keeps them."""
     for x, kept in ((key, key_cache), (value, value_cache)):
         by_slot(kept)[slots] = bytes_of(encode(x, kept.dtype))
+
+
+def rotate_and_write_by(
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor],
+    rotary: Callable[[Tensor, Tensor, Tensor], Tensor],
+    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None],
+) -> RotateAndWrite:
+    """The definition of `rotate_and_write`, from a table's own parts."""
+
+    def rotate_and_write(
+        heads: Tensor,
+        norms: HeadNorms | None,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        num_groups = key_cache.shape[2]
+        num_heads = heads.shape[1] - 2 * num_groups
+        unrotated = heads[:, : num_heads + num_groups]
+        if norms is not None:
+            parts = (unrotated[:, :num_heads], norms.query), (unrotated[:, num_heads:], norms.key)
+            unrotated = torch.cat([rms_norm(part.contiguous(), weight, norms.eps) for part, weight in parts], dim=1)
+        rotated = rotary(unrotated, cos, sin)
+        write_kv(rotated[:, num_heads:], heads[:, num_heads + num_groups :], key_cache, value_cache, slots)
+        return rotated[:, :num_heads]
+
+    return rotate_and_write
 
 
 def attention(
@@ -243,6 +272,7 @@ OPS = Ops(
     add_rms_norm=add_rms_norm,
     rotary=rotary,
     write_kv=write_kv,
+    rotate_and_write=rotate_and_write_by(rms_norm, rotary, write_kv),
     attention=attention,
     swiglu=swiglu,
     clamped_swiglu=clamped_swiglu,

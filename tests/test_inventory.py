@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.convert import convert
 from engine.errors import EngineMisconfigured, ModelError
-from engine.inventory import LOADED_BITS, Inventory, take_inventory
+from engine.inventory import LOADED_BITS, Inventory, _bits_of, take_inventory
 from engine.loader import load
 from kernels.backends import BACKENDS, pick
 from tests.published import published, published_mxfp4
@@ -100,6 +100,21 @@ def test_what_has_no_kernel_is_told_as_it_is_unpacked(tmp_path: Path) -> None:
     on_cpu, on_gpu = inventory(folder), inventory(folder, device="cuda")
     assert on_cpu.loaded_bytes == 2 * on_gpu.loaded_bytes == 4 * sum(kind.parameters for kind in on_cpu.kinds)
     assert 8 * on_cpu.kinds[-2].bytes / on_cpu.kinds[-2].parameters == pytest.approx(4.25, abs=0.6)  # with biases
+
+
+@pytest.mark.parametrize(
+    ("layout", "group", "on_cpu", "on_gpu"),
+    [
+        ("int4", 32, 5, 5),
+        ("int4", 64, 4.5, 4.5),
+        ("int4", 128, 4.5, 4.25),
+        ("fp8", 128, 32, 8.25),
+        ("fp8", 4096, 32, 8),
+    ],
+)
+def test_a_weight_takes_its_bits_and_its_scales(layout: str, group: int, on_cpu: float, on_gpu: float) -> None:
+    actual = [_bits_of(layout, 4096, 4096 // group, device) for device in ("cpu", "cuda")]
+    assert actual == [on_cpu, on_gpu]
 
 
 def test_what_others_quantized_is_told_as_we_keep_it(tmp_path: Path) -> None:

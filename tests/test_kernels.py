@@ -16,7 +16,7 @@ from kernels import reference
 from kernels.backends import BACKENDS, pick
 from kernels.cpu.native.build import INSTRUCTION_SETS
 from kernels.cpu.native.build import load as load_kernels
-from kernels.ops import AttentionBatch, Ops, SamplingRow
+from kernels.ops import AttentionBatch, HeadNorms, Ops, SamplingRow
 from kernels.weights import int4_by
 from tests import triton_interpreter
 
@@ -127,6 +127,26 @@ def test_rotary_multiplies_complex_numbers(any_ops: Ops) -> None:
     rotated = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones(5, 8), angle)[:, None]
     expected = torch.cat([rotated.real, rotated.imag], dim=-1)
     assert_close(any_ops.rotary(x, angle.cos(), angle.sin()), expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_heads_are_normed_rotated_and_written(any_ops: Ops, has_norms: bool) -> None:
+    heads, angle, slots = (
+        torch.randn(3, 9, 16),
+        torch.randn(3, 8),
+        torch.tensor([5, 0, 7]),
+    )  # 5 queries, 2 keys, 2 values
+    norms = HeadNorms(torch.randn(16), torch.randn(16), 1e-5) if has_norms else None
+    keys, values = torch.zeros(2, 2, 4, 2, 16)
+    queries = any_ops.rotate_and_write(heads, norms, angle.cos(), angle.sin(), keys, values, slots)
+    expected = heads[:, :7]
+    if norms:
+        weight = torch.cat([norms.query.expand(5, -1), norms.key.expand(2, -1)])
+        expected = functional.rms_norm(expected, (16,), None, 1e-5) * weight
+    expected = reference.rotary(expected, angle.cos(), angle.sin())
+    assert_close(queries, expected[:, :5], TOLERANCE[torch.float32])
+    assert_close(keys.view(8, 2, 16)[slots], expected[:, 5:], TOLERANCE[torch.float32])
+    assert torch.equal(values.view(8, 2, 16)[slots], heads[:, 7:])
 
 
 # ------------------------------------------------------------------------------------------------------------ attention

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.cache import bytes_of, encode
 from kernels.ops import AttentionBatch
-from kernels.triton import attention
+from kernels.triton import attention, cache
 from tests import triton_interpreter
+from tests.triton_machine_code import run_machine_code
 from tests.triton_memory import far_rows, guarded
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}  # bf16: probabilities and results are rounded, 2^-9 each
+KEPT = [torch.float8_e4m3fn, torch.int8]
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,20 @@ CASES = {
 class Inputs:
     """A case with random numbers: unused slots are NaN, and block 0 belongs to nobody."""
 
-    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+    def __init__(self, case: Case, dtype: torch.dtype, kept: torch.dtype | None = None) -> None:
         self.case = case
+        kept = kept or dtype
         num_blocks = [math.ceil(length / case.block_size) for _, length in case.sequences]
         tables = torch.split(torch.randperm(sum(num_blocks)) + 1, num_blocks)
         shape = (sum(num_blocks) + 1, case.block_size, case.num_groups, case.head_size)
-        self.keys, self.values = (torch.full(shape, math.nan, dtype=dtype) for _ in range(2))
+        self.keys, self.values = (encode(torch.full(shape, math.nan), kept) for _ in range(2))
         for table, (_, length) in zip(tables, case.sequences, strict=True):
             position = torch.arange(length)
-            for cache in (self.keys, self.values):
+            for kept_rows in (self.keys, self.values):
                 place = table[position // case.block_size], position % case.block_size
-                cache[place] = torch.randn(length, *shape[2:]).to(dtype)
+                # Of sizes that differ from row to row: int8's have scales of their own.
+                rows = torch.randn(length, *shape[2:]) * torch.randn(length, shape[2], 1).exp()
+                bytes_of(kept_rows)[place] = bytes_of(encode(rows if kept in KEPT else torch.randn(rows.shape), kept))
         if case.latent_size:
             self.values = self.keys[..., : case.latent_size]
         self.batch = AttentionBatch(
@@ -122,6 +128,49 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 def test_attention_is_the_definitions(case: Case, dtype: torch.dtype) -> None:
     inputs = Inputs(case, dtype)
     assert_close(inputs.attend(attention.attention), inputs.attend(reference.attention))
+
+
+CASES_OF_8_BITS = [
+    "contexts of a segment, and one position more",
+    "blocks that no tile divides",
+    "heads of two powers of two",
+    "drafts over segments",
+    "windows and sinks",
+    "a prompt of several tiles",
+]
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("name", CASES_OF_8_BITS)
+def test_attention_over_8_bits_is_the_definitions(name: str, kept: torch.dtype) -> None:
+    inputs = Inputs(CASES[name], torch.bfloat16, kept)
+    assert_close(inputs.attend(attention.attention), inputs.attend(reference.attention))
+
+
+def test_attention_over_latents_in_fp8_is_the_definitions() -> None:
+    inputs = Inputs(CASES["a latent cache"], torch.bfloat16, torch.float8_e4m3fn)
+    assert_close(inputs.attend(attention.attention), inputs.attend(reference.attention))
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_heads_of_no_whole_words_are_the_definitions(kept: torch.dtype) -> None:
+    inputs = Inputs(Case([(1, 20)], head_size=18), torch.bfloat16, kept)
+    assert_close(inputs.attend(attention.attention), inputs.attend(reference.attention))
+
+
+@pytest.mark.parametrize(
+    ("code", "kept"), [(cache._FP8_ASM.value, torch.float8_e4m3fn), (cache._INT8_ASM.value, torch.int8)]
+)
+def test_the_machine_code_makes_the_numbers_that_the_bytes_stand_for(code: str, kept: torch.dtype) -> None:
+    """All bytes in all four places, by a small model of the instructions."""
+    byte = torch.arange(256)
+    places = [(byte * (2 * i + 3) + 41 * i) % 256 for i in range(4)]
+    word = torch.stack([place << (8 * i) for i, place in enumerate(places)]).sum(0)
+    made = run_machine_code(code, {"$4": word})
+    for i, number in enumerate(places):
+        expected = number.to(torch.uint8).view(kept).half()
+        actual = made[f"${i}"].to(torch.uint16).view(torch.float16)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_sequence_gets_the_same_bits_alone_and_in_company() -> None:

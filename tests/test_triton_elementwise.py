@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.cache import bytes_of, decode, row_size
+from kernels.ops import HeadNorms
 from kernels.triton import OPS
 from tests import triton_interpreter
 from tests.triton_memory import far_rows, guarded, poison
@@ -97,6 +99,42 @@ def test_write_kv_into_views_of_a_wider_cache() -> None:
     flat = cache.view(20, 1, 24)
     assert torch.equal(flat[slots], key)
     assert flat.isnan().sum() == 17 * 24
+
+
+@pytest.mark.parametrize("kept", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize(("num_groups", "head_size"), [(1, 8), (3, 20), (8, 128)])
+def test_write_kv_of_8_bits_is_the_definitions(num_groups: int, head_size: int, kept: torch.dtype) -> None:
+    rows = torch.randn(5, 2 * num_groups, head_size) * torch.tensor([1.0, 1000.0, 1e-3, 0.0, 1.0]).view(5, 1, 1)
+    rows[4, 0, 1], rows[4, -1, 2] = torch.inf, torch.nan
+    slots = torch.tensor([17, 2, 3, 19, 0])
+    caches = torch.full((2, 2, 5, 4, num_groups, row_size(head_size, kept)), -7, dtype=torch.int8).view(kept)
+    for table, (keys, values) in zip((OPS, reference.OPS), caches, strict=True):
+        table.write_kv(rows[:, :num_groups], rows[:, num_groups:], keys, values, slots)
+    ours, definitions = (decode(one) for one in caches)
+    torch.testing.assert_close(ours, definitions, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize(("num_heads", "num_groups", "head_size"), [(5, 2, 20), (32, 4, 64), (3, 1, 256)])
+def test_heads_are_normed_rotated_and_written_as_the_definition_has_it(
+    num_heads: int, num_groups: int, head_size: int, has_norms: bool, kept: torch.dtype
+) -> None:
+    heads = torch.randn(3, num_heads + 2 * num_groups + 1, head_size).bfloat16()[:, 1:] * 3
+    norms = HeadNorms(torch.randn(head_size).bfloat16(), torch.randn(head_size).bfloat16(), 1e-5) if has_norms else None
+    angle, slots = torch.randn(3, head_size // 2), torch.tensor([17, 2, 0])
+    shape = 2, 2, 5, 4, num_groups, row_size(head_size, kept) * kept.itemsize
+    caches = torch.full(shape, -7, dtype=torch.int8).view(kept)
+    queries = [
+        table.rotate_and_write(heads, norms, angle.cos(), angle.sin(), keys, values, slots)
+        for table, (keys, values) in zip((OPS, reference.OPS), caches, strict=True)
+    ]
+    assert_equal(*queries)
+    # A number that falls on the other side of a step moves by the whole of it.
+    most = {torch.bfloat16: 2**-12, torch.float8_e4m3fn: 2**-6, torch.int8: 2**-8}[kept]
+    ours, definitions = (decode(one) for one in caches)
+    assert (ours - definitions).norm() <= most * definitions.norm()
+    assert torch.equal(bytes_of(caches[0])[:, 1:4, 0, 0], bytes_of(caches[1])[:, 1:4, 0, 0])
 
 
 def test_write_kv_beyond_32_bits() -> None:

@@ -1,7 +1,6 @@
 """Products by prepared weights are the definition's, in every regime; `test_kernels.py` has small ones."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +17,7 @@ from kernels.triton.weights import Matrices
 from kernels.triton.widen import widen
 from kernels.weights import dequantize_int4
 from tests import triton_interpreter
+from tests.triton_machine_code import bf16, run_machine_code
 from tests.triton_memory import far_rows, guarded
 
 # bf16: int4 weights, the gated product and each result are rounded, 2^-9 each; their errors are independent.
@@ -46,9 +46,10 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE)
 # --------------------------------------------------------------------------------------------------------------- layout
 
 
+@pytest.mark.parametrize("name", ["int4", "int4-g64", "int4-g128"])
 @pytest.mark.parametrize(("num_out", "num_in"), [(64, 128), (33, 256), (70, 64), (5, 96)])  # depths 128, 128, 64, 32
-def test_int4_in_another_order_is_the_same_weight(num_out: int, num_in: int) -> None:
-    parts = FORMATS["int4"].quantize(torch.randn(num_out, num_in))
+def test_int4_in_another_order_is_the_same_weight(num_out: int, num_in: int, name: str) -> None:
+    parts = FORMATS[name].quantize(torch.randn(num_out, num_in))
     assert torch.equal(widen(weights.prepare_int4(parts)), dequantize_int4(parts).bfloat16())
 
 
@@ -65,49 +66,6 @@ def test_the_machine_code_makes_the_weights_that_the_interpreters_twin_makes() -
         level = ((word >> (4 * nibble)) & 15) - 8
         expected = (level.float() * bf16(scale).float() + bf16(zero).float()).bfloat16()
         assert torch.equal(bf16(made[f"${place}"]), expected)
-
-
-def bf16(bits: Tensor) -> Tensor:
-    """The lower 16 bits as a number."""
-    return (bits & 0xFFFF).to(torch.uint16).view(torch.bfloat16)
-
-
-def halves(operate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An operation on numbers as one on both halves of registers, rounded once to bf16."""
-
-    def on_registers(*registers: Tensor) -> Tensor:
-        low, high = (operate(*(bf16(x >> shift).float() for x in registers)).bfloat16() for shift in (0, 16))
-        return low.view(torch.uint16).long() | (high.view(torch.uint16).long() << 16)
-
-    return on_registers
-
-
-INSTRUCTIONS: Mapping[str, Callable[..., Tensor]] = {
-    "shr.u32": lambda x, places: x >> places,
-    "lop3.b32": lambda a, b, c, table: torch.where(table == 0xEA, (a & b) | c, -1),  # the table of that function
-    "sub.rn.bf16x2": halves(torch.sub),
-    "fma.rn.bf16x2": halves(lambda a, b, c: a * b + c),  # the product of two bf16 is exact in fp32
-}
-
-
-def run_machine_code(code: str, registers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The registers, of 32 bits as int64, after PTX of the few instructions that our kernels use."""
-
-    def value(name: str) -> Tensor:
-        return torch.full((16,), int(name, 0)) if name[0].isdigit() else registers[name]
-
-    for statement in code.strip().strip("{}").split(";"):
-        operation, _, rest = statement.strip().partition(" ")
-        names = re.findall(r"[$\w]+", rest)
-        if operation == "mov.b32" and len(names) == 2:
-            registers[names[0]] = value(names[1])
-        elif operation == "mov.b32" and rest.startswith("{"):  # a register into its halves
-            registers[names[0]], registers[names[1]] = value(names[2]) & 0xFFFF, value(names[2]) >> 16
-        elif operation == "mov.b32":
-            registers[names[0]] = value(names[1]) | (value(names[2]) << 16)
-        elif operation and operation != ".reg":
-            registers[names[0]] = INSTRUCTIONS[operation](*map(value, names[1:]))
-    return registers
 
 
 # ------------------------------------------------------------------------------------------------------------ alignment
@@ -253,11 +211,11 @@ def test_experts_beyond_32_bits() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 17, 128, 129])  # the last is widened
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-g128"])
 def test_a_matrix_is_the_definitions(name: str, num_tokens: int) -> None:
     parts = FORMATS[name].quantize(torch.randn(200, 1152) * 0.1)
     x = torch.randn(num_tokens, 1152)
-    kernel, definition = OPS.weights[name], reference.OPS.weights[name]
+    kernel, definition = (table.weights[FORMATS[name].layout] for table in (OPS, reference.OPS))
     actual = kernel.linear(x, kernel.prepare(parts))
     assert actual.dtype == x.dtype
     assert_close(actual, definition.linear(x, definition.prepare(parts)))

@@ -10,8 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionBatch, SamplingRow
-from kernels.triton import OPS, attention, elementwise, products, route, sample
+from kernels.cache import row_size
+from kernels.ops import AttentionBatch, HeadNorms, SamplingRow
+from kernels.triton import OPS, attention, cache, elementwise, products, route, sample
+from kernels.triton.heads import rotate_and_write
 from kernels.triton.weights import INT4_DEPTHS, Matrices
 
 
@@ -24,19 +26,6 @@ def norms(hidden_size: int) -> None:
     x, weight = tensor(8, hidden_size), tensor(hidden_size)
     elementwise.rms_norm(x, weight, 1e-6)
     elementwise.add_rms_norm(x, x, weight, 1e-6)
-
-
-def before_attention(num_heads: int, num_kv_heads: int, head_size: int) -> None:
-    qkv = tensor(8, num_heads + 2 * num_kv_heads, head_size)
-    angles = tensor(8, head_size // 2, dtype=torch.float32)
-    rotated = elementwise.rotary(qkv[:, : num_heads + num_kv_heads], angles, angles)
-    cache = tensor(1024, 16, num_kv_heads, head_size)
-    slots = tensor(8, dtype=torch.int64)
-    elementwise.write_kv(rotated[:, num_heads:], qkv[:, num_heads + num_kv_heads :], cache, cache, slots)
-
-
-def swiglu(intermediate: int) -> None:
-    elementwise.swiglu(tensor(8, 2 * intermediate))
 
 
 @dataclass(frozen=True)
@@ -55,13 +44,40 @@ GPT_OSS = Heads(64, 8, 64)
 V2_LITE = Heads(16, 1, 576, 512)  # latent attention, its weights absorbed: the value is the first part of the key
 
 
+def before_attention(heads: Heads, dtype: torch.dtype = torch.bfloat16, *, has_norms: bool = False) -> None:
+    H, G, D = heads.num_heads, heads.num_kv_heads, heads.head_size
+    qkv, angles = tensor(8, H + 2 * G, D), tensor(8, D // 2, dtype=torch.float32)
+    kept = tensor(1024, 16, G, row_size(D, dtype), dtype=dtype)
+    norms = HeadNorms(tensor(D), tensor(D), 1e-6) if has_norms else None
+    rotate_and_write(qkv, norms, angles, angles, kept, kept, tensor(8, dtype=torch.int64))
+
+
+def latents() -> None:
+    """DeepSeek-V2-Lite's, whose queries' rotary parts are few columns of each head."""
+    angles = tensor(8, 32, dtype=torch.float32)
+    rotated = elementwise.rotary(tensor(8, 17, 64), angles, angles)
+    kept = tensor(1024, 16, 1, 576)
+    slots = tensor(8, dtype=torch.int64)
+    cache.write_kv(tensor(8, 1, 512), rotated[:, 16:], kept[..., :512], kept[..., 512:], slots)
+
+
+def swiglu(intermediate: int) -> None:
+    elementwise.swiglu(tensor(8, 2 * intermediate))
+
+
 def attend(
-    heads: Heads, num_queries: int, *, block_size: int = 16, window: int | None = None, has_sinks: bool = False
+    heads: Heads,
+    num_queries: int,
+    *,
+    block_size: int = 16,
+    window: int | None = None,
+    has_sinks: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """One sequence of 4,096 tokens, `num_queries` of them new."""
     query = tensor(num_queries, heads.num_heads, heads.head_size)
-    keys = tensor(1024, block_size, heads.num_kv_heads, heads.head_size)
-    values = keys[..., : heads.value_size] if heads.value_size else tensor(*keys.shape)
+    keys = tensor(1024, block_size, heads.num_kv_heads, row_size(heads.head_size, dtype), dtype=dtype)
+    values = keys[..., : heads.value_size] if heads.value_size else tensor(*keys.shape, dtype=dtype)
     table = tensor(1, 4096 // block_size, dtype=torch.int64)
     batch = AttentionBatch(table, [0, num_queries], [4096], tensor(num_queries, dtype=torch.int64))
     attention.attention(query, keys, values, batch, 0.1, window, tensor(heads.num_heads) if has_sinks else None)
@@ -90,15 +106,16 @@ def matrices(format: str, num: int, num_out: int, num_in: int) -> Matrices:
             scales = values
         case "int8":
             values, scales = tensor(num, num_out, num_in, dtype=torch.int8), tensor(num, num_out, dtype=torch.float32)
-        case "int4":
+        case "int4" | "int4-g128":
             depth = next(depth for depth in INT4_DEPTHS if num_in % depth == 0)
             values = tensor(num, num_in // depth, num_out, depth // 8, dtype=torch.int32)
-            scales = tensor(num, num_in // depth, num_out, depth // 32, dtype=torch.int32)
+            groups = depth // (128 if format == "int4-g128" else 32)
+            scales = tensor(num, num_in // depth, num_out, groups, dtype=torch.int32)
         case "fp8" | "fp8-blocks":
             values = tensor(num, num_out, num_in, dtype=torch.float8_e4m3fn)
-            groups = (num_in // 128,) if format == "fp8-blocks" else ()
-            scales = tensor(num, *groups, num_out, dtype=torch.float32)
-    return Matrices(format.removesuffix("-blocks"), values, scales, num_out, num_in)
+            shape = (num, num_in // 128, num_out) if format == "fp8-blocks" else (num, num_out)
+            scales = tensor(*shape, dtype=torch.float32)
+    return Matrices(format.partition("-")[0], values, scales, num_out, num_in)
 
 
 def mix(mixture: Mixture, format: str, num_tokens: int, *, is_clamped: bool = False) -> None:
@@ -126,8 +143,11 @@ def choose(vocab_size: int) -> None:
 LAUNCHES: Mapping[str, Callable[[], object]] = {
     "norms, Qwen3-30B-A3B": partial(norms, 2048),
     "norms, GPT-OSS": partial(norms, 2880),
-    "rotate and write, Qwen3-30B-A3B": partial(before_attention, 32, 4, 128),
-    "rotate and write, GPT-OSS": partial(before_attention, 64, 8, 64),
+    "rotate and write, Qwen3-30B-A3B": partial(before_attention, QWEN3, has_norms=True),
+    "rotate and write, GPT-OSS": partial(before_attention, GPT_OSS),
+    "rotate and write fp8, Qwen3-30B-A3B": partial(before_attention, QWEN3, torch.float8_e4m3fn, has_norms=True),
+    "rotate and write int8, Qwen3-30B-A3B": partial(before_attention, QWEN3, torch.int8, has_norms=True),
+    "latents, DeepSeek-V2-Lite": latents,
     "swiglu, Mixtral": partial(swiglu, 14336),
     "decode, Qwen3-30B-A3B": partial(attend, QWEN3, 1),
     "decode, GPT-OSS": partial(attend, GPT_OSS, 1, window=128, has_sinks=True),
@@ -135,10 +155,20 @@ LAUNCHES: Mapping[str, Callable[[], object]] = {
     "drafts, Qwen3-30B-A3B": partial(attend, QWEN3, 4),
     "many drafts, Qwen3-30B-A3B": partial(attend, QWEN3, 8),
     "drafts, DeepSeek-V2-Lite": partial(attend, V2_LITE, 4),
+    "decode, Qwen3-30B-A3B, fp8": partial(attend, QWEN3, 1, dtype=torch.float8_e4m3fn),
+    "decode, Qwen3-30B-A3B, int8": partial(attend, QWEN3, 1, dtype=torch.int8),
+    "decode, GPT-OSS, fp8": partial(attend, GPT_OSS, 1, window=128, has_sinks=True, dtype=torch.float8_e4m3fn),
+    "decode, DeepSeek-V2-Lite, fp8": partial(attend, V2_LITE, 1, dtype=torch.float8_e4m3fn),
+    "drafts, Qwen3-30B-A3B, fp8": partial(attend, QWEN3, 4, dtype=torch.float8_e4m3fn),
+    "many drafts, Qwen3-30B-A3B, fp8": partial(attend, QWEN3, 8, dtype=torch.float8_e4m3fn),
+    "prompt, Qwen3-30B-A3B, fp8": partial(attend, QWEN3, 512, dtype=torch.float8_e4m3fn),
+    "prompt, Qwen3-30B-A3B, int8": partial(attend, QWEN3, 512, dtype=torch.int8),
     "prompt, Mixtral": partial(attend, MIXTRAL, 512),
     "prompt, Qwen3-30B-A3B, blocks of 64": partial(attend, QWEN3, 512, block_size=64),
     "prompt, GPT-OSS": partial(attend, GPT_OSS, 512, has_sinks=True),
     "int4 experts of 1 token, Qwen3-30B-A3B": partial(mix, QWEN3_EXPERTS, "int4", 1),
+    "int4 experts of 1 token in groups of 128, Qwen3-30B-A3B": partial(mix, QWEN3_EXPERTS, "int4-g128", 1),
+    "int4 experts of 64 tokens in groups of 128, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int4-g128", 64),
     "int4 experts of 32 tokens, Qwen3-30B-A3B": partial(mix, QWEN3_EXPERTS, "int4", 32),
     "int4 experts of 64 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int4", 64),
     "int4 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int4", 512),

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.models.layers import StepInputs, Weights
 from engine.models.parameters import Parameter
 from engine.models.spec import GroupedQuery, QueryKeyNorm
-from kernels.ops import Ops
+from kernels.ops import HeadNorms, Ops
 
 
 class GroupedQueryAttention:
@@ -25,31 +25,33 @@ class GroupedQueryAttention:
         output = Parameter("attention.output", layer)
         self._output = weights.projection(output, bias=[_bias(output)] if spec.output_bias else ())
         self._sinks = weights.tensor(Parameter("attention.sinks", layer)) if spec.sinks else None  # (H,)
-        norm, norms = spec.query_key_norm, [Parameter(f"attention.{role}_norm", layer) for role in ("query", "key")]
-        self._norms = [_HeadNorm(norm, weights.tensor(weight), self._ops) for weight in norms] if norm else []
+        self._head_norms, self._joint_norms = _norms(spec.query_key_norm, weights, layer)
 
     def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
         """What x (T, C) adds to the residual stream (T, C). The step's keys and values are in the cache afterwards."""
         H, G = self._spec.num_heads, self._spec.num_kv_heads
         key_cache, value_cache = step.key_caches[self._layer], step.value_caches[self._layer]
-        qkv = self._qkv(x).view(len(x), H + 2 * G, self._spec.head_size)  # (T, H + 2 G, D)
-        rotated = self._ops.rotary(self._normed(qkv[:, : H + G]), step.cos, step.sin)  # (T, H + G, D): queries, keys
-        self._ops.write_kv(rotated[:, H:], qkv[:, H + G :], key_cache, value_cache, step.batch.slots)
+        heads = self._jointly_normed(self._qkv(x).view(len(x), H + 2 * G, self._spec.head_size))  # (T, H + 2 G, D)
+        queries = self._ops.rotate_and_write(
+            heads, self._head_norms, step.cos, step.sin, key_cache, value_cache, step.batch.slots
+        )  # (T, H, D)
         attended = self._ops.attention(
-            rotated[:, :H], key_cache, value_cache, step.batch, self._scale, self._spec.window, self._sinks
+            queries, key_cache, value_cache, step.batch, self._scale, self._spec.window, self._sinks
         )  # (T, H, D)
         return self._output(attended.flatten(1))
 
-    def _normed(self, queries_and_keys: Tensor) -> Tensor:
-        """The heads (T, H + G, D) after their norms, where the model has any."""
-        if not self._norms:
-            return queries_and_keys
-        parts = queries_and_keys[:, : self._spec.num_heads], queries_and_keys[:, self._spec.num_heads :]
-        return torch.cat([norm(part) for norm, part in zip(self._norms, parts, strict=True)], dim=1)
+    def _jointly_normed(self, heads: Tensor) -> Tensor:
+        """The heads (T, H + 2 G, D), queries and keys after norms over all of either, where the model has such."""
+        if not self._joint_norms:
+            return heads
+        H, G = self._spec.num_heads, self._spec.num_kv_heads
+        parts = heads[:, :H], heads[:, H : H + G]
+        normed = [norm(part) for norm, part in zip(self._joint_norms, parts, strict=True)]
+        return torch.cat([*normed, heads[:, H + G :]], dim=1)
 
 
-class _HeadNorm:
-    """The RMS norm of heads (T, heads, D), over as many neighbouring numbers of a token as it has weights."""
+class _JointNorm:
+    """The RMS norm of all heads (T, heads, D) of a token together."""
 
     def __init__(self, norm: QueryKeyNorm, weight: Tensor, ops: Ops) -> None:
         self._eps = norm.eps
@@ -57,8 +59,17 @@ class _HeadNorm:
         self._ops = ops
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, len(self._weight))
-        return self._ops.rms_norm(rows, self._weight, self._eps).view(x.shape)
+        return self._ops.rms_norm(x.flatten(1), self._weight, self._eps).view(x.shape)
+
+
+def _norms(norm: QueryKeyNorm | None, weights: Weights, layer: int) -> tuple[HeadNorms | None, list[_JointNorm]]:
+    """Those of queries and keys: of each head, or of all together."""
+    if norm is None:
+        return None, []
+    query, key = (weights.tensor(Parameter(f"attention.{role}_norm", layer)) for role in ("query", "key"))
+    if norm.per_head:
+        return HeadNorms(query, key, norm.eps), []
+    return None, [_JointNorm(norm, weight, weights.ops) for weight in (query, key)]
 
 
 def _bias(parameter: Parameter) -> Parameter:

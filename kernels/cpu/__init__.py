@@ -14,6 +14,7 @@ OPS = dataclasses.replace(
     name="cpu-torch",
     rms_norm=elementwise.rms_norm,
     add_rms_norm=elementwise.add_rms_norm,
+    rotate_and_write=reference.rotate_and_write_by(elementwise.rms_norm, reference.rotary, reference.write_kv),
     swiglu=elementwise.swiglu,
     attention=attention.attention,
     experts=experts.experts,

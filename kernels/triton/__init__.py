@@ -8,7 +8,7 @@ import dataclasses
 
 from kernels import reference
 from kernels.ops import WeightKernel
-from kernels.triton import attention, elementwise, products, route, sample, weights
+from kernels.triton import attention, cache, elementwise, heads, products, route, sample, weights
 
 OPS = dataclasses.replace(
     reference.OPS,
@@ -16,7 +16,8 @@ OPS = dataclasses.replace(
     rms_norm=elementwise.rms_norm,
     add_rms_norm=elementwise.add_rms_norm,
     rotary=elementwise.rotary,
-    write_kv=elementwise.write_kv,
+    write_kv=cache.write_kv,
+    rotate_and_write=heads.rotate_and_write,
     swiglu=elementwise.swiglu,
     attention=attention.attention,
     route=route.route,

@@ -1,4 +1,4 @@
-"""Norms, activation, rotary embedding and cache write: one pass over memory each.
+"""Norms, activation and rotary embedding: one pass over memory each.
 
 Bound by memory: the bytes beside each kernel are its whole cost on a full device, and its launch on an empty one. Sums
 run in fp32. A row may begin anywhere (a view of some columns); within it the elements are neighbours.
@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from kernels import reference
 
 COLUMNS_PER_WARP = 512  # two 16-byte loads of bf16 a lane
 COLUMNS_PER_PROGRAM = 2048  # of what has no sum along the row: more programs at one token, and four warps each
@@ -58,10 +56,10 @@ def _rms_norm(
 def _row_of(x: Tensor) -> dict[str, int]:
     """The launch of a program that holds a whole row."""
     block = triton.next_power_of_2(x.shape[-1])
-    return {"BLOCK": block, "num_warps": _warps(block)}
+    return {"BLOCK": block, "num_warps": warps(block)}
 
 
-def _warps(num_elements: int) -> int:
+def warps(num_elements: int) -> int:
     """Of a program that loads so many elements at once; a power of two."""
     return min(max(num_elements // COLUMNS_PER_WARP, 1), 16)
 
@@ -73,7 +71,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if num_tokens:
         block = min(triton.next_power_of_2(size), COLUMNS_PER_PROGRAM)
         _swiglu[num_tokens, triton.cdiv(size, block)](
-            gate_up, product, gate_up.stride(0), size, BLOCK=block, num_warps=_warps(block)
+            gate_up, product, gate_up.stride(0), size, BLOCK=block, num_warps=warps(block)
         )
     return product
 
@@ -105,7 +103,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             head_size // 2,
             HEADS=heads,
             HALF=half,
-            num_warps=_warps(2 * heads * half),
+            num_warps=warps(2 * heads * half),
         )
     return rotated
 
@@ -125,73 +123,3 @@ def _rotary(x, cos, sin, rotated, token_stride, head_stride, num_heads, half, HE
     target = rotated + (token * num_heads + heads[:, None]) * (2 * half) + pairs[None, :]
     tl.store(target, (first * c - second * s).to(rotated.dtype.element_ty), mask=inside)
     tl.store(target + half, (second * c + first * s).to(rotated.dtype.element_ty), mask=inside)
-
-
-def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """As the definition, which serves caches of 8 bits.
-
-    Reads and writes each key and value once: 4 T G (D + Dv) bytes in bf16.
-    """
-    if key_cache.dtype.itemsize == 1:
-        reference.write_kv(key, value, key_cache, value_cache, slots)
-        return
-    num_tokens, num_groups, key_size = key.shape
-    value_size = value.shape[2]
-    if num_tokens:
-        groups, key_block, value_block = map(triton.next_power_of_2, (num_groups, key_size, value_size))
-        _write_kv[num_tokens,](
-            key,
-            value,
-            key_cache,
-            value_cache,
-            slots,
-            *key.stride()[:2],
-            *value.stride()[:2],
-            *key_cache.stride()[1:3],  # a block's slots are evenly apart, and so are all blocks'
-            *value_cache.stride()[1:3],
-            num_groups,
-            key_size,
-            value_size,
-            GROUPS=groups,
-            KEY_BLOCK=key_block,
-            VALUE_BLOCK=value_block,
-            num_warps=_warps(groups * (key_block + value_block)),
-        )
-
-
-@triton.jit
-def _write_kv(
-    key,
-    value,
-    key_cache,
-    value_cache,
-    slots,
-    key_token,
-    key_group,
-    value_token,
-    value_group,
-    key_cache_slot,
-    key_cache_group,
-    value_cache_slot,
-    value_cache_group,
-    G,
-    key_size,
-    value_size,
-    GROUPS: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)  # int64: times its stride it is beyond 2^31 on a large device
-    keys, key_slot = key + token * key_token, key_cache + slot * key_cache_slot
-    values, value_slot = value + token * value_token, value_cache + slot * value_cache_slot
-    _copy(keys, key_slot, key_group, key_cache_group, G, key_size, GROUPS, KEY_BLOCK)
-    _copy(values, value_slot, value_group, value_cache_group, G, value_size, GROUPS, VALUE_BLOCK)
-
-
-@triton.jit
-def _copy(source, target, source_group, target_group, G, size, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    groups, columns = tl.arange(0, GROUPS)[:, None], tl.arange(0, BLOCK)[None, :]
-    inside = (groups < G) & (columns < size)
-    elements = tl.load(source + groups * source_group + columns, mask=inside)
-    tl.store(target + groups * target_group + columns, elements.to(target.dtype.element_ty), mask=inside)

@@ -118,6 +118,7 @@ def _launch(
         TOKENS=tile.tokens,
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
+        SCALE_GROUP=matrices.group,
         GROUP=tile.group,
         ASM=not triton.knobs.runtime.interpret,
         num_warps=tile.num_warps,
@@ -158,6 +159,7 @@ def _product(
     TOKENS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
+    SCALE_GROUP: tl.constexpr,
     GROUP: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -202,14 +204,16 @@ def _product(
             tokens = tl.load(source + d * DEPTH, mask=there[None, :], other=0.0)  # (DEPTH, TOKENS)
         else:
             tokens = tl.load(source + d * DEPTH, mask=there[None, :] & (d * DEPTH + depth < num_in)[:, None], other=0.0)
-        weight = weights.tile(values, scales, read, num_rows, num_in, d, FORMAT, DEPTH, IS_EVEN, ASM)
+        weight = weights.tile(values, scales, read, num_rows, num_in, d, FORMAT, DEPTH, SCALE_GROUP, IS_EVEN, ASM)
         if FORMAT == "fp8":  # a group of inputs is a tile of them; the sums of fp8's products keep 14 bits within it
             scale = tl.load(x_scales + d * x_scale_stride + x_row, mask=there, other=0.0)[None, :]
             total += tl.dot(weight, tokens) * _with_own(scale, scales, d, num_rows, read, HAS_GROUPS)
         else:
             total = tl.dot(weight, tokens, total)
         if IS_GATED:
-            weight = weights.tile(values, scales, num_out + read, num_rows, num_in, d, FORMAT, DEPTH, IS_EVEN, ASM)
+            weight = weights.tile(
+                values, scales, num_out + read, num_rows, num_in, d, FORMAT, DEPTH, SCALE_GROUP, IS_EVEN, ASM
+            )
             if FORMAT == "fp8":
                 total_up += tl.dot(weight, tokens) * _with_own(scale, scales, d, num_rows, num_out + read, HAS_GROUPS)
             else:

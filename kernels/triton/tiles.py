@@ -7,6 +7,7 @@ Owns every number that trades one resource of the device for another. Each was c
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kernels.weights import FP8_GROUP
@@ -26,24 +27,31 @@ class AttentionTile:
 
 ATTENTION_ROWS = (16, 32, 64, 128)
 LONG_QUERY_ROWS = 128  # a prompt's tile: arithmetic counts, so tiles that need no mask get a loop without one
-HEAD_SIZE_LONG = 512  # key and value together: with larger heads, 128 rows of results do not fit into registers
+HEAD_SIZE_LONG = 512  # key and value together
 
 
-def attention_rows_max(head_size: int) -> int:
-    """The largest tile's rows; head_size: of key and value together."""
-    return ATTENTION_ROWS[-1] if head_size <= HEAD_SIZE_LONG else ATTENTION_ROWS[-2]
+def attention_is_large(head_size: int, dtype: torch.dtype) -> bool:
+    """Whether 128 rows, or tiles of 64 positions, would not fit into registers.
+
+    head_size: of key and value together. int8's rows are 4 bytes longer than a power of two: each word has an address.
+    """
+    return head_size > HEAD_SIZE_LONG or dtype == torch.int8
 
 
-def attention_rows(rows: NDArray[np.int64], heads: int, head_size: int) -> NDArray[np.int64]:
+def attention_rows_max(is_large: bool) -> int:
+    """The largest tile's rows."""
+    return ATTENTION_ROWS[-2] if is_large else ATTENTION_ROWS[-1]
+
+
+def attention_rows(rows: NDArray[np.int64], heads: int, is_large: bool) -> NDArray[np.int64]:
     """The tile's rows for sequences with `rows` each: the least that hold a short query, and one token's heads."""
-    sizes = np.array([size for size in ATTENTION_ROWS if heads <= size <= attention_rows_max(head_size)])
+    sizes = np.array([size for size in ATTENTION_ROWS if heads <= size <= attention_rows_max(is_large)])
     held: NDArray[np.int64] = sizes[np.minimum(np.searchsorted(sizes, rows), len(sizes) - 1)]
     return held
 
 
-def attention_tile(rows: int, head_size: int) -> AttentionTile:
-    """head_size: of key and value together."""
-    is_large = head_size > HEAD_SIZE_LONG
+def attention_tile(rows: int, is_large: bool) -> AttentionTile:
+    """Of so many rows."""
     return AttentionTile(rows, positions=32 if is_large else 64, num_warps=8 if rows > 32 else 4, num_stages=3)
 
 

@@ -7,20 +7,22 @@ its operand in registers, so that a thread reads 16 bytes at once and no byte ch
             32 g + 16 s + 8 h + 2 t + l of a block of DEPTH inputs, each in the 4 bits from 4 (2 s + h) + 16 l on. The
             two levels of a pair l are neighbours in the operand and 16 bits apart in the word: one instruction makes
             bf16 of both.
-    scales  (in / DEPTH, out, DEPTH / 32) int32: a group's scale in the low half, its zero point in the high, both bf16.
+    scales  (in / DEPTH, out, DEPTH / group) int32: a group's scale in the low half, its zero point in the high, both
+            bf16. Groups are the weight's own, or parts of them that are no longer than DEPTH.
 
 A weight is made as the definition has it, (level - 8) * scale + zero, rounded once to bf16.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.weights import INT4_GROUP, int4_by, unpack_nibbles
+from kernels.weights import INT4_GROUP, int4_by, int4_group, unpack_nibbles
 
 INT4_DEPTHS = (128, 64, 32)  # the largest that divides `in`: 128 gives a thread 16 bytes of a row at once
 
@@ -43,6 +45,11 @@ class Matrices(Sequence["Matrices"]):
     def __getitem__(self, index: int | slice) -> "Matrices":
         part = index if isinstance(index, slice) else slice(range(len(self))[index], range(len(self))[index] + 1)
         return Matrices(self.format, self.values[part], self.scales[part], self.num_out, self.num_in)
+
+    @property
+    def group(self) -> int:
+        """How many inputs of int4 share a scale; 0 of other formats."""
+        return self.depth // self.scales.shape[3] if self.format == "int4" else 0
 
     @property
     def depth(self) -> int:
@@ -69,14 +76,13 @@ def prepare_fp8(parts: Mapping[str, Tensor]) -> Matrices:
 
 
 def prepare_int4(parts: Mapping[str, Tensor]) -> Matrices:
-    """From the parts of `int4`, in another order, by groups of 32."""
-    parts = int4_by(parts, INT4_GROUP)
+    """From the parts of `int4`, in another order."""
     levels = unpack_nibbles(parts["q"]).int()  # (out, in)
     num_out, num_in = levels.shape
     depth = next(depth for depth in INT4_DEPTHS if num_in % depth == 0)
-    groups = depth // INT4_GROUP
+    parts = int4_by(parts, gcd(int4_group(parts), depth))
     scale, zero = (parts[name].view(torch.int16).int() & 0xFFFF for name in ("scale", "zero"))
-    pairs = (scale | (zero << 16)).view(num_out, -1, groups).transpose(0, 1)
+    pairs = (scale | (zero << 16)).view(num_out, num_in // depth, -1).transpose(0, 1)
     return Matrices("int4", _words(levels, depth)[None], pairs.contiguous()[None], num_out, num_in)
 
 
@@ -140,6 +146,7 @@ def tile(
     block,
     FORMAT: tl.constexpr,
     DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -149,7 +156,7 @@ def tile(
     which belong to the sums.
     """
     if FORMAT == "int4":
-        word, pairs = _int4_words(values, scales, row, num_out, block, DEPTH)
+        word, pairs = _int4_words(values, scales, row, num_out, block, DEPTH, GROUP)
         return _widen_int4(word, pairs, row.shape[0], DEPTH, ASM)
     column = block * DEPTH + tl.arange(0, DEPTH)[None, :]
     address = values + row.to(tl.int64)[:, None] * num_in + column
@@ -158,12 +165,16 @@ def tile(
 
 
 @triton.jit
-def _int4_words(values, scales, row, num_out, block, DEPTH: tl.constexpr):
+def _int4_words(values, scales, row, num_out, block, DEPTH: tl.constexpr, GROUP: tl.constexpr):
     WORDS: tl.constexpr = DEPTH // 8
-    GROUPS: tl.constexpr = DEPTH // 32
+    GROUPS: tl.constexpr = DEPTH // GROUP
     word = tl.arange(0, WORDS)[None, :]
     place = (row.to(tl.int64) + block * num_out)[:, None]
-    return tl.load(values + place * WORDS + word), tl.load(scales + place * GROUPS + word % GROUPS)
+    words = tl.load(values + place * WORDS + word)
+    if GROUPS == 1:  # read once for a row
+        return words, tl.broadcast_to(tl.load(scales + place), words.shape)
+    group = word % (DEPTH // 32) // (GROUP // 32)
+    return words, tl.load(scales + place * GROUPS + group)
 
 
 @triton.jit

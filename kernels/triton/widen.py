@@ -22,6 +22,7 @@ def widen(matrix: Matrices) -> Tensor:
         FORMAT=matrix.format,
         OUTPUTS=tiles.WIDEN_OUTPUTS,
         DEPTH=depth,
+        SCALE_GROUP=matrix.group,
         ASM=not triton.knobs.runtime.interpret,
     )
     return wide
@@ -37,12 +38,13 @@ def _widen_tile(
     FORMAT: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
+    SCALE_GROUP: tl.constexpr,
     ASM: tl.constexpr,
 ):
     row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     read = tl.minimum(row, num_out - 1)
     block = tl.program_id(1)
-    weight = weights.tile(values, scales, read, num_out, num_in, block, FORMAT, DEPTH, False, ASM)
+    weight = weights.tile(values, scales, read, num_out, num_in, block, FORMAT, DEPTH, SCALE_GROUP, False, ASM)
     if FORMAT == "int8":
         weight = (weight.to(tl.float32) * tl.load(scales + read)[:, None]).to(tl.bfloat16)
     column = block * DEPTH + tl.arange(0, DEPTH)[None, :]

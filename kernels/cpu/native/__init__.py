@@ -40,6 +40,9 @@ def ops() -> Ops:
         add_rms_norm=calls.add_rms_norm.default,
         rotary=calls.rotary.default,
         write_kv=calls.write_kv.default,
+        rotate_and_write=reference.rotate_and_write_by(
+            calls.rms_norm.default, calls.rotary.default, calls.write_kv.default
+        ),
         attention=attention,
         swiglu=swiglu,
         route=route,
