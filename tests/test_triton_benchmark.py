@@ -13,5 +13,12 @@ def test_the_gpus_script_checks_measures_and_draws(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["errors"]
     assert all(error <= 2**-7 for error in report["errors"].values())
-    assert {line["what"].partition(",")[0] for line in report["lines"]} >= {"attention", "int4 experts", "bf16 experts"}
+    assert {line["what"].partition(",")[0] for line in report["lines"]} >= {
+        "attention",
+        "int4 experts",
+        "bf16 experts",
+        "fp8 experts",
+        "fp8 matrix",
+        "sample",
+    }
     assert (tmp_path / "gpu.svg").read_text().startswith("<svg")

@@ -45,26 +45,45 @@ def measure(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def add(
-    report: Report, what: str, calls: Sequence[Callable[[], object]], num_bytes: float, operations: float = 0.0
+    report: Report,
+    what: str,
+    calls: Sequence[Callable[[], object]],
+    num_bytes: float,
+    operations: float = 0.0,
+    is_fp8: bool = False,
 ) -> None:
-    """One line, printed as it comes."""
+    """One line, printed as it comes. `is_fp8`: the operations are those of e4m3."""
     try:
         seconds = measure(calls)
     except Exception as error:  # noqa: BLE001  # a case that fails is named, and the others run
         report.left_out.append(f"{what}: {type(error).__name__}: {error}")
         return
-    bound = max(num_bytes / report.bytes_per_s, operations / report.operations_per_s)
-    line = Measured(what, seconds * 1e6, num_bytes, operations, bound / seconds)
+    most = (is_fp8 and report.fp8_operations_per_s) or report.operations_per_s
+    bound = max(num_bytes / report.bytes_per_s, operations / most)
+    speed = num_bytes / seconds / 1e9, operations / seconds / 1e12
+    line = Measured(what, seconds * 1e6, num_bytes, operations, bound / seconds, *speed)
     report.lines.append(line)
-    print(f"{what:56} {line.microseconds:10.1f} us {line.share:6.1%} of the bound", flush=True)
+    print(
+        f"{what:64} {line.microseconds:10.1f} us {speed[0]:6.0f} GB/s {speed[1]:6.1f} TFLOP/s {line.share:6.1%}",
+        flush=True,
+    )
 
 
 def ceilings(report: Report) -> None:
-    """What a copy and a large product of bf16 reach here."""
+    """What a copy and large products of bf16 and e4m3 reach here."""
     size = 1 << (20 if DRY else 30)
     source, target = torch.empty(2, size, dtype=torch.uint8, device=DEVICE)
     report.bytes_per_s = 2 * size / measure([lambda: target.copy_(source)])
     side = 256 if DRY else 8192
     a = torch.randn(side, side, device=DEVICE).bfloat16()
     report.operations_per_s = 2 * side**3 / measure([lambda: a @ a])
-    print(f"{report.bytes_per_s / 1e12:.2f} TB/s copied, {report.operations_per_s / 1e12:.0f} TFLOP/s multiplied")
+    e4m3, ones = a.to(torch.float8_e4m3fn), torch.ones((), device=DEVICE)
+    try:
+        seconds = measure([lambda: torch._scaled_mm(e4m3, e4m3.t(), ones, ones, out_dtype=torch.bfloat16)])
+        report.fp8_operations_per_s = 2 * side**3 / seconds
+    except RuntimeError as error:  # a device without e4m3
+        report.left_out.append(f"the ceiling of fp8: {error}")
+    print(
+        f"{report.bytes_per_s / 1e12:.2f} TB/s copied, {report.operations_per_s / 1e12:.0f} TFLOP/s multiplied, "
+        f"{report.fp8_operations_per_s / 1e12:.0f} in fp8"
+    )

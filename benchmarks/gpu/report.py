@@ -15,6 +15,8 @@ class Measured:
     bytes: float  # that must be moved
     operations: float  # of the matrix products
     share: float = 0.0  # of the device's bound, the nearer of the two
+    gigabytes_per_s: float = 0.0
+    teraflops_per_s: float = 0.0
 
 
 @dataclass
@@ -23,7 +25,8 @@ class Report:
 
     device: str
     bytes_per_s: float = 0.0
-    operations_per_s: float = 0.0
+    operations_per_s: float = 0.0  # of bf16
+    fp8_operations_per_s: float = 0.0  # 0: not measured
     errors: dict[str, float] = field(default_factory=dict)  # of the norm, against fp64
     lines: list[Measured] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
