@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input: T tokens of S sequences, R of which have a token sampled behind them."""
+    """One step's input: T tokens of S sequences, R of which have a token sampled or scored behind them."""
 
     token_ids: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64
@@ -34,7 +34,7 @@ def build_batch(shares: list[Share], block_size: int, drawn: Tensor) -> Batch:
     """
     lengths = np.array([len(share.tokens) for share in shares], dtype=np.int64)  # (S,)
     starts = np.array([share.start for share in shares], dtype=np.int64)  # (S,)
-    num_rows = np.array([share.num_rows for share in shares], dtype=np.int64)  # (S,)
+    num_rows = np.array([share.num_scored + share.num_rows for share in shares], dtype=np.int64)  # (S,)
     ends = lengths.cumsum()  # (S,) behind each share's last row
     owners = np.repeat(np.arange(len(shares)), lengths)  # (T,) the share of each row
     positions = _ranges(starts, lengths)  # (T,)

@@ -117,7 +117,7 @@ class BlockCache:
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """The known blocks of the longest prefix that leaves a token to compute: a successor is sampled from work."""
         prefix: list[int] = []
-        for key in self._keys_of(sequence, (len(sequence.tokens) - 1) // self.block_size):
+        for key in self._keys_of(sequence, sequence.num_reusable // self.block_size):
             block = self._blocks.get(key)
             if block is None:
                 break

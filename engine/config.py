@@ -166,6 +166,11 @@ def _demands(request: Request, capacity: Capacity) -> list[tuple[bool, str]]:
             sampling.num_logprobs is None or 0 <= sampling.num_logprobs <= min(LOGPROBS_MAX, capacity.vocab_size),
             f"num_logprobs is {sampling.num_logprobs}; it must be within 0 .. {LOGPROBS_MAX}",
         ),
+        (
+            sampling.num_prompt_logprobs is None
+            or 0 <= sampling.num_prompt_logprobs <= min(LOGPROBS_MAX, capacity.vocab_size),
+            f"num_prompt_logprobs is {sampling.num_prompt_logprobs}; it must be within 0 .. {LOGPROBS_MAX}",
+        ),
         (len(sampling.stop_token_ids) <= STOP_TOKENS_MAX, f"there are more than {STOP_TOKENS_MAX} stop tokens"),
         (
             all(token in vocabulary for token in sampling.stop_token_ids),

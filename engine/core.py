@@ -41,7 +41,13 @@ class Core:
         committed = self._scheduler.commit(step.plan, accepted)
         idle_ns, charges = self.meter.settle(committed.spent, step.plan.drafting_ns)
         self._drafting.learn(step.plan, accepted, sum(charge.device_ns for charge in charges))
-        return StepResult(idle_ns=idle_ns, tokens=committed.tokens, finished=committed.finished, charges=charges)
+        return StepResult(
+            idle_ns=idle_ns,
+            tokens=committed.tokens,
+            finished=committed.finished,
+            charges=charges,
+            scored=committed.scored,
+        )
 
     def submit(self, request: Request) -> None:
         """The request waits for its turn. Raises RequestRefused if it could never run, or its id is in use."""

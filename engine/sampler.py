@@ -32,7 +32,8 @@ class Drawn:
     tokens: Tensor  # (R,) int64 where the logits are: what the next step may go on with before the host has them
     _shares: list[Share]
     _failures: dict[Sequence, str]
-    _returning: Returning
+    _returning: Returning  # the tokens, the columns of their logprobs if anybody asked, those of scored prompts if any
+    _has_logprobs: bool
 
     def accepted(self) -> list[Accepted]:
         """What each share brings, in their order; waits for the device.
@@ -40,18 +41,25 @@ class Drawn:
         A share with a row that is not a number, or with nothing left to choose, brings an error; the others do not
         notice.
         """
-        tokens, *logprobs = self._returning.wait()
+        tokens, *columns = self._returning.wait()
+        logprobs, scores = (columns[:3], columns[3:]) if self._has_logprobs else ([], columns)
         each = iter(tokens.tolist())
         brought = [_verified(share, list(islice(each, share.num_rows)), self._failures) for share in self._shares]
-        return _with_logprobs(self._shares, brought, logprobs) if logprobs else brought
+        brought = _with_logprobs(self._shares, brought, logprobs) if logprobs else brought
+        return _with_scores(self._shares, brought, scores) if scores else brought
 
 
 def draw(ops: Ops, logits: Tensor, shares: list[Share]) -> Drawn:
-    """Tokens are drawn from the shares' rows of logits (R, V) fp32, which come in the order of the shares."""
+    """Tokens are drawn from the shares' rows of logits (R, V) fp32, which come in the order of the shares.
+
+    Each share's rows are first those that score its prompt, then those that tokens are sampled from.
+    """
+    logits, scores = _scored(ops, logits, shares)
     edits, failures = _edits(shares)
     rows = [row for share in shares for row in sampling_rows(share)]
     tokens = ops.sample(steer(logits, edits), rows)
-    return Drawn(tokens, shares, failures, Returning([tokens, *_logprobs(ops, logits, tokens, shares)]))
+    logprobs = _logprobs(ops, logits, tokens, shares)
+    return Drawn(tokens, shares, failures, Returning([tokens, *logprobs, *scores]), bool(logprobs))
 
 
 def draft(ops: Ops, logits: Tensor, shares: list[Share], drafts: Mapping[Sequence, list[int]]) -> dict[Sequence, int]:
@@ -130,6 +138,30 @@ def _verified(share: Share, sampled: list[int], failures: dict[Sequence, str]) -
     if -1 in tokens:
         return Accepted(error="the model's output is not finite, or every token it could choose is banned")
     return Accepted(tokens)
+
+
+def _scored(ops: Ops, logits: Tensor, shares: list[Share]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The rows that tokens are sampled from; and of the others the columns of `Ops.logprobs`, if there are any."""
+    prompt = [token for share in shares for token in share.scored_tokens]
+    if not prompt:
+        return logits, ()
+    counts = [count for share in shares for count in (share.num_scored, share.num_rows)]
+    is_scored = np.repeat(np.arange(len(counts)) % 2 == 0, counts)
+    arrays = [np.flatnonzero(is_scored), np.flatnonzero(~is_scored), np.array(prompt, dtype=np.int64)]
+    scored, sampled, chosen = send(arrays, logits.device)
+    num_top = max(share.sequence.request.sampling.num_prompt_logprobs or 0 for share in shares if share.num_scored)
+    return logits[sampled], ops.logprobs(logits[scored], chosen, num_top)
+
+
+def _with_scores(shares: list[Share], brought: list[Accepted], columns: list[Tensor]) -> list[Accepted]:
+    """The prompts that asked have the logprobs of their tokens."""
+    lines = zip(*(column.tolist() for column in columns), strict=True)
+    results = []
+    for share, accepted in zip(shares, brought, strict=True):
+        num_top = share.sequence.request.sampling.num_prompt_logprobs or 0
+        pairs = zip(share.scored_tokens, islice(lines, share.num_scored), strict=True)
+        results.append(replace(accepted, scores=[_of_token(token, line, num_top) for token, line in pairs]))
+    return results
 
 
 def _logprobs(ops: Ops, logits: Tensor, tokens: Tensor, shares: list[Share]) -> tuple[Tensor, ...]:

@@ -22,9 +22,11 @@ from engine.config import EngineConfig
 from engine.errors import RequestRefused
 from engine.metering import Spent, drafting_of, work_in_vain, work_of
 from engine.sequence import Accepted, Proposed, Sequence, Share
-from engine.types import EngineStats, Finished, FinishReason, Request, Token
+from engine.types import EngineStats, Finished, FinishReason, Request, Scored, Token
 
 _by_rank = attrgetter("rank")
+
+SCORES_PER_STEP_MAX = 128  # rows of logits for prompts' logprobs: 80 MB with a vocabulary of 152,000
 
 
 @dataclass
@@ -33,13 +35,17 @@ class Plan:
 
     budget: int  # tokens that may still be added
     shares: list[Share] = field(default_factory=list)
-    num_rows: int = 0  # of logits
+    num_rows: int = 0  # of logits that tokens are sampled from
+    scores_left: int = SCORES_PER_STEP_MAX
     proposed: Proposed = field(default_factory=Proposed)
     drafting_ns: int = 0  # that proposing took
 
     def add(self, sequence: Sequence) -> None:
         """As much of the sequence's pending tokens as the budget allows is part of the step."""
-        self._add(sequence, self.budget)
+        is_scoring = sequence.num_begun < sequence.num_to_score
+        num_max = min(self.budget, self.scores_left) if is_scoring else self.budget
+        if num_max:
+            self._add(sequence, num_max)
 
     def propose(self, proposed: Proposed) -> None:
         """Drafts for sequences that have nothing pending in the plan but their newest token; the budget has them.
@@ -52,12 +58,14 @@ class Plan:
             share.sequence.underway = None
             share.sequence.drafts = proposed.drafts.get(share.sequence, [])
             self.budget += len(share.tokens)
+            self.scores_left += share.num_scored
             self._add(share.sequence, len(share.tokens) + len(share.sequence.drafts))
 
     def _add(self, sequence: Sequence, num_max: int) -> None:
         share = sequence.share(num_max, self.num_rows)
         self.budget -= len(share.tokens)
         self.num_rows += share.num_rows
+        self.scores_left -= share.num_scored
         self.shares.append(share)
         sequence.underway = share
 
@@ -68,6 +76,7 @@ class Committed:
 
     tokens: list[Token] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
     spent: list[Spent] = field(default_factory=list)
 
 
@@ -221,6 +230,9 @@ class Scheduler:
             sequence.underway = None
         num_kept, reason = (0, FinishReason.FAILED) if brought.error else sequence.ending(brought.tokens)
         self._account(share, num_kept)
+        if brought.scores:
+            sequence.num_scored += len(brought.scores)
+            self._committed.scored.append(Scored(request=sequence.request.id, logprobs=brought.scores))
         self._committed.tokens += _token_events(sequence, brought, num_kept)
         sequence.tokens += brought.tokens[:num_kept]
         sequence.drafts = []

@@ -39,6 +39,7 @@ class Sequence:
     block_keys: list[bytes] = field(default_factory=list)  # of leading full blocks of `tokens`, grown when asked for
     num_remembered: int = 0  # leading blocks that the prefix cache has been told of
 
+    num_scored: int = 0  # leading tokens behind which the prompt's next one has its logprobs
     num_cached: int = 0  # prompt tokens that never had to be computed
     num_drafted: int = 0
     num_accepted: int = 0
@@ -60,6 +61,17 @@ class Sequence:
     def num_output(self) -> int:
         """Tokens accepted so far."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_to_score(self) -> int:
+        """Leading tokens behind which the prompt's next one shall have its logprobs; of the first choice alone."""
+        is_asked = self.request.sampling.num_prompt_logprobs is not None and self.choice == 0
+        return self.num_prompt - 1 if is_asked else 0
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading tokens that need not be computed if they are cached: a successor or a logprob comes of work."""
+        return self.num_scored if self.num_scored < self.num_to_score else len(self.tokens) - 1
 
     @property
     def is_awaiting(self) -> bool:
@@ -101,6 +113,7 @@ class Sequence:
         """It stands where it stood in another engine: as one preempted here, it has its tokens and no block."""
         self.tokens += progress.tokens
         self.num_reached = len(self.tokens) - 1  # its newest token was never computed
+        self.num_scored = self.num_to_score
         self.num_cached = progress.usage.num_cached
         self.num_drafted = progress.usage.num_drafted
         self.num_accepted = progress.usage.num_accepted
@@ -116,7 +129,8 @@ class Sequence:
         else:
             tokens = self.tokens[start:stop]
             tokens += self.drafts[: stop - start - len(tokens)]
-        return Share(self, start, tokens, max(0, stop - (self.length - 1)), first_logits)
+        num_scored = max(0, min(stop, self.num_to_score) - max(start, self.num_scored))
+        return Share(self, start, tokens, max(0, stop - (self.length - 1)), first_logits, num_scored)
 
     def ending(self, tokens: list[int]) -> tuple[int, FinishReason | None]:
         """How many of the tokens to append, and the reason if the last of them ends the sequence."""
@@ -158,7 +172,8 @@ class Share:
     start: int
     tokens: list[int]
     num_rows: int
-    first_logits: int = 0  # which of the step's rows of logits is the first of its own
+    first_logits: int = 0  # which of the step's sampled rows of logits is the first of its own
+    num_scored: int = 0  # tokens before those, behind which the prompt's next one has its logprobs
 
     @property
     def stop(self) -> int:
@@ -176,6 +191,11 @@ class Share:
         return self.stop - self.num_rows
 
     @property
+    def scored_tokens(self) -> tuple[int, ...]:
+        """The prompt's tokens whose logprobs it brings."""
+        return self.sequence.request.prompt[self.first_row - self.num_scored + 1 : self.first_row + 1]
+
+    @property
     def drafts(self) -> list[int]:
         """Those of its tokens that are on trial."""
         return self.tokens[len(self.tokens) - self.num_rows + 1 :] if self.num_rows else []
@@ -187,6 +207,7 @@ class Accepted:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None  # one for each token, where asked for
+    scores: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens
     error: str = ""
 
 

@@ -27,6 +27,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     seed: int = 0  # with the choice and the position it fixes the random number, whatever else is in the batch
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None  # None: no logprobs; 0: the chosen token's alone
+    num_prompt_logprobs: int | None = None  # the same of the prompt, which then no cached prefix stands for
     num_choices: int = 1
 
 
@@ -93,6 +94,13 @@ class Token(Struct, frozen=True, kw_only=True):
     top_logprobs: tuple[Logprob, ...] = ()
 
 
+class Scored(Struct, frozen=True, kw_only=True):
+    """Logprobs of the next prompt tokens, from the second on: the first follows nothing. Before any output token."""
+
+    request: int
+    logprobs: list[tuple[Logprob, tuple[Logprob, ...]]]  # the token's own, and those of the likeliest
+
+
 class Finished(Struct, frozen=True, kw_only=True):
     """A choice is over: its last event."""
 
@@ -134,6 +142,7 @@ class StepResult(Struct, frozen=True, kw_only=True):
     tokens: list[Token]
     finished: list[Finished]
     charges: list[Charge]
+    scored: list[Scored] = []
 
 
 class Capacity(Struct, frozen=True, kw_only=True):

@@ -60,3 +60,4 @@ class Handoff(Struct, frozen=True, kw_only=True):
     spent: Dollars  # the cost of all work on it so far, in cost events of its own
     worker: Name  # which hands it over
     choices: Annotated[list[CarriedChoice], Meta(min_length=1, max_length=CHOICES_MAX)]
+    prompt_logprobs: list[CarriedLogprob] | None = None  # of its second token and all after, where they are asked for

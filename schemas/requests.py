@@ -145,7 +145,8 @@ class TextBody(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=
 
     prompt: Text | Annotated[list[TokenId], Meta(min_length=1, max_length=TOKENS_MAX)]
     logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
-    echo: Literal[False] = False
+    echo: bool = False
+    best_of: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
 
 
 class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="url"):

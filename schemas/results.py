@@ -59,9 +59,9 @@ class TextLogprobs(Struct, frozen=True, kw_only=True):
     """OpenAI's text completion form of logprobs: parallel lists."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]  # characters of the answer before each token
+    token_logprobs: list[float | None]  # None: of an echoed prompt's first token, which follows nothing
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]  # characters of `text` before each token
 
 
 class AssistantMessage(Struct, frozen=True, kw_only=True):

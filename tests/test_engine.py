@@ -16,7 +16,15 @@ from engine.errors import EngineMisconfigured
 from engine.loader import read_spec
 from engine.types import Finished, FinishReason, Progress, Request, Sampling, Token
 from tests.parity import ARCHITECTURE_SHAPES
-from tests.tiny_models import SHAPES, VOCAB_SIZE, tiny, tiny_llama, tiny_mixtral, transformers_greedy
+from tests.tiny_models import (
+    SHAPES,
+    VOCAB_SIZE,
+    tiny,
+    tiny_llama,
+    tiny_mixtral,
+    transformers_greedy,
+    transformers_logits,
+)
 
 pytestmark = pytest.mark.timeout(600)  # importing transformers alone has taken 90 s on two busy cores
 
@@ -300,6 +308,46 @@ def test_logprobs_are_those_of_the_tokens_and_come_in_order(checkpoint, way):
         logprobs = [top.logprob for top in token.top_logprobs]
         assert logprobs == sorted(logprobs, reverse=True)
         assert logprobs[0] < 0
+
+
+CUTS = [
+    {},
+    {"tokens_per_step_max": 7, "sequences_max": 4},
+    {"cache_tokens": 112},
+    {"drafts_max": 3, "draft_cost": 0.0, "draft_experts": 1},
+    {"overlap": "on", "tokens_per_step_max": 9, "sequences_max": 4},
+]
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_a_prompts_logprobs_are_transformers_own_however_the_work_is_cut(checkpoint, cuts):
+    """Whole or in chunks, behind a cached prefix, preempted, beside others that draft."""
+    core = engine(checkpoint, **cuts)
+    for _ in range(2):
+        requests = [
+            Request(
+                id=number,
+                prompt=tuple(prompt),
+                sampling=Sampling(tokens_max=30, num_prompt_logprobs=number % 3, num_choices=1 + number % 2),
+            )
+            for number, prompt in enumerate(PROMPTS)
+        ]
+        scored: dict[int, list] = {number: [] for number in range(len(PROMPTS))}
+        for request in requests:
+            core.submit(request)
+        while core.has_work:
+            for one in core.step().scored:
+                scored[one.request] += one.logprobs
+        for number, prompt in enumerate(PROMPTS):
+            expected = transformers_logits(checkpoint, prompt).log_softmax(-1)
+            assert [own.token for own, _ in scored[number]] == prompt[1:]
+            theirs = expected[range(len(prompt) - 1), prompt[1:]].tolist()
+            assert [own.logprob for own, _ in scored[number]] == pytest.approx(theirs, abs=1e-4)
+            likeliest = expected[:-1].topk(number % 3).values.tolist()
+            ours = [[one.logprob for one in top] for _, top in scored[number]]
+            assert torch.tensor(ours).flatten().tolist() == pytest.approx(
+                torch.tensor(likeliest).flatten().tolist(), abs=1e-4
+            )
 
 
 def test_only_who_asks_gets_logprobs(checkpoint):

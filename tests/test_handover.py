@@ -11,7 +11,7 @@ from engine.types import Request
 from schemas.codec import KINDS
 from schemas.cost import picodollars
 from schemas.handoff import Handoff
-from schemas.results import Completion, ErrorCode
+from schemas.results import Completion, ErrorCode, TextResult
 from tests.simulation import HANDOVER_TOKENS_MIN, TOPICS
 from tests.test_service import SOON_S, Stage, Worker, error_of, text_of
 from tests.tiny_tokenizer import save_byte_level
@@ -92,6 +92,59 @@ async def test_an_answer_that_was_handed_over_is_that_of_a_worker_that_stayed(to
         assert [chunk.sequence for chunk in chunks] == list(range(len(chunks)))
         assert "".join(chunk.text for chunk in chunks) == text_of(stays, choice)
     assert stage.violations() == []
+
+
+@virtually
+@pytest.mark.parametrize("logprobs", [0, None])
+async def test_an_echoed_prompt_goes_along_with_its_logprobs_and_is_not_sent_again(tokenizer, logprobs):
+    stage = Stage(tokenizer)
+    leaving = stage.hire("leaving")
+    stage.ask(prompt="before", echo=True, logprobs=logprobs, stream=True, n=2)
+    request = await leaving.request()
+    if logprobs is not None:
+        leaving.engine.scores(request)
+    play(leaving, request, (0, " and"), (1, " or"))
+    await asyncio.sleep(SOON_S)
+    await leave(leaving)
+    assert len(stage.handoffs[0].prompt_logprobs or ()) == (0 if logprobs is None else len(request.prompt) - 1)
+    heir = stage.hire("heir")
+    resumed = await heir.request()
+    assert resumed.progress
+    heir.engine.answers(resumed, " after")
+    (answer,) = await stage.answers()
+    assert [text_of(answer, choice) for choice in (0, 1)] == ["before and after", "before or after"]
+    for choice in (0, 1):
+        assert "".join(chunk.text for chunk in stage.chunks if chunk.choice == choice) == text_of(answer, choice)
+    assert answer.response
+    assert isinstance(answer.response.body, TextResult)
+    own = answer.response.body.choices[0].logprobs
+    assert (own is None) == (logprobs is None)
+    if own:
+        assert own.token_logprobs[:3] == [None, -1.0, -2.0]
+        assert len(own.tokens) == len(own.token_logprobs) == len(own.text_offset)
+
+
+def without_scores(handoff: Handoff) -> Handoff:
+    return structs.replace(handoff, prompt_logprobs=None)
+
+
+def without_a_token(handoff: Handoff) -> Handoff:
+    return structs.replace(handoff, choices=[structs.replace(handoff.choices[0], tokens=[], logprobs=[])])
+
+
+@virtually
+@pytest.mark.parametrize("other", [without_scores, without_a_token])
+async def test_a_prompt_whose_logprobs_did_not_come_along_is_scored_anew(tokenizer, other):
+    stage = Stage(tokenizer)
+    leaving = stage.hire("leaving")
+    stage.ask(echo=True, logprobs=0)
+    request = await leaving.request()
+    leaving.engine.scores(request)
+    play(leaving, request, (0, "abc"))
+    await leave(leaving)
+    stage.rewrite_handoff(other(stage.handoffs[0]))
+    heir = stage.hire("heir")
+    assert (await heir.request()).progress == ()
 
 
 @virtually

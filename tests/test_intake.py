@@ -199,6 +199,29 @@ def test_a_price_that_may_exceed_the_budget_is_refused_to_the_picodollar(intake)
     assert "0.000000016003" in refused.message
 
 
+def test_a_prompt_is_scored_where_it_is_echoed_with_logprobs(intake):
+    def wanted(fields: dict[str, Any]) -> int | None:
+        return admit(intake, text(fields)).request.sampling.num_prompt_logprobs
+
+    assert wanted({"echo": True, "logprobs": 2}) == 2
+    assert wanted({"echo": True, "logprobs": 0}) == 0
+    assert wanted({"echo": True}) is None
+    assert wanted({"logprobs": 2}) is None
+
+
+def test_best_of_is_refused_with_what_to_do_instead(intake):
+    assert "it will come with group requests" in refusal(intake, text({"best_of": 4, "n": 2})).message
+    admit(intake, text({"best_of": 2, "n": 2}))
+
+
+def test_an_echoed_prompt_counts_to_the_size_of_the_answer(tokenizer, monkeypatch):
+    monkeypatch.setattr(intake_module, "RECORD_BYTES_MAX", 20_000)
+    intake = make_intake(tokenizer)
+    asked = {"prompt": [5] * 50, "max_tokens": 50, "logprobs": 1}
+    admit(intake, text(asked))
+    assert "a record holds 20000" in refusal(intake, text({**asked, "echo": True})).message
+
+
 def test_an_answer_that_no_record_could_hold_is_refused_before_it_is_paid_for(tokenizer, monkeypatch):
     monkeypatch.setattr(intake_module, "RECORD_BYTES_MAX", 100_000)
     intake = make_intake(tokenizer)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine.types import Capacity, Finished, FinishReason, Logprob, Token
+from engine.types import Capacity, Finished, FinishReason, Logprob, Scored, Token
 from engine.types import Usage as EngineUsage
 from schemas.codec import decode_result, encode, header_text
 from schemas.cost import MeterReading
@@ -231,6 +231,38 @@ def test_a_texts_logprobs_are_parallel_lists_with_places_in_the_text(ask, tokeni
     assert logprobs is not None
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 4
     assert (logprobs.tokens[2:], logprobs.text_offset) == (["@", "#"], [0, 0, 1, 2])
+
+
+def test_an_echoed_prompt_is_the_beginning_of_each_choice_and_of_its_logprobs(ask, tokenizer):
+    prompt = list(tokenizer.encode("é@", 99))
+    answer = ask(text({"logprobs": 1, "echo": True, "n": 2, "prompt": prompt}))
+    lines = [(Logprob(token, -1.0 - index), (Logprob(5, -0.5),)) for index, token in enumerate(prompt[1:])]
+    for one in lines:
+        answer.score(Scored(request=1, logprobs=[one]))
+    for choice in (0, 1):
+        pieces = say(answer, tokenizer, "#!", choice, logprob=Logprob(5, -0.25))
+        assert pieces == ["é@#", "!"]
+        end(answer, choice=choice)
+    body = body_of(answer)
+    assert isinstance(body, TextResult)
+    for each in body.choices:
+        assert each.text == "é@#!"
+        logprobs = each.logprobs
+        assert logprobs is not None
+        assert logprobs.token_logprobs == [None, -1.0, -2.0, -0.25, -0.25]
+        assert logprobs.top_logprobs[:2] == [None, {tokenizer.token_bytes(5).decode(): -0.5}]
+        assert logprobs.tokens[2:] == ["@", "#", "!"]
+        assert logprobs.text_offset == [0, 0, 1, 2, 3]
+    assert body.usage.completion_tokens == 4
+
+
+def test_a_prompt_is_echoed_without_logprobs_too(ask, tokenizer):
+    answer = ask(text({"echo": True, "prompt": "one "}))
+    say(answer, tokenizer, "two")
+    end(answer)
+    body = body_of(answer)
+    assert isinstance(body, TextResult)
+    assert (body.choices[0].text, body.choices[0].logprobs) == ("one two", None)
 
 
 def test_of_two_likely_tokens_of_one_name_the_likelier_is_named(ask, tokenizer):

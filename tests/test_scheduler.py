@@ -5,12 +5,15 @@ exactly its tokens, no block is lost and no nanosecond is unaccounted for.
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import RequestRefused
-from engine.types import Finished, FinishReason, Request, Sampling, StepResult, Work
+from engine.scheduler import SCORES_PER_STEP_MAX
+from engine.types import Finished, FinishReason, Logprob, Request, Sampling, StepResult, Work
 from tests.scripted_model import (
     Erring,
     Script,
@@ -19,8 +22,11 @@ from tests.scripted_model import (
     both_loops,  # noqa: F401
     own_drafter,
     scripted_engine,
+    sequence_of,
     shared_drafter,
 )
+
+Line = tuple[Logprob, tuple[Logprob, ...]]
 
 STEPS_MAX = 3000  # no drawn case needs 1000; an engine that stands still must fail, not hang
 
@@ -32,9 +38,13 @@ class Journal:
     outputs: dict[tuple[int, int], list[int]] = field(default_factory=lambda: defaultdict(list))
     finished: dict[tuple[int, int], Finished] = field(default_factory=dict)
     results: list[StepResult] = field(default_factory=list)
+    scored: dict[int, list[Line]] = field(default_factory=lambda: defaultdict(list))
 
     def note(self, result: StepResult) -> None:
         self.results.append(result)
+        for scored in result.scored:
+            assert not self.outputs[scored.request, 0], "a prompt was scored behind its end"
+            self.scored[scored.request] += scored.logprobs
         for token in result.tokens:
             output = self.outputs[token.request, token.choice]
             assert token.index == len(output), "a token came out of order"
@@ -88,6 +98,7 @@ samplings = st.builds(
     seed=st.integers(-(2**63), 2**64 - 1),
     stop_token_ids=st.just(()) | st.tuples(st.integers(0, VOCABULARY - 1)),
     num_logprobs=st.none() | st.integers(0, 3),
+    num_prompt_logprobs=st.none() | st.integers(0, 2),
     # Exact in binary, so that what ties in the script's 64 bits ties in the engine's 32.
     frequency_penalty=st.just(0.0) | st.sampled_from([-0.75, 0.5]),
     presence_penalty=st.just(0.0) | st.sampled_from([-0.25, 1.25]),
@@ -167,10 +178,24 @@ def test_every_choice_gets_exactly_its_tokens_whatever_runs_beside_it(
             assert output == expected[: len(output)]
             assert len(output) == len(expected) or (number in cancellations and finished.reason is FinishReason.STOP)
             _check_usage(journal, finished, output)
+        _check_scores(script, asked, journal.scored[number], is_cut=number in cancellations)
     assert not journal.finished
     assert engine.blocks.num_held == 0
     told_ns = sum(result.idle_ns + sum(c.device_ns for c in result.charges) for result in journal.results)
     assert told_ns == clock.now_ns - started_ns
+
+
+def _check_scores(script: Script, asked: Request, scored: list[Line], is_cut: bool) -> None:
+    """Each prompt token but the first has its logprobs once, in order, by the script's own logits."""
+    num_top, prompt = asked.sampling.num_prompt_logprobs, list(asked.prompt)
+    num_scored = 0 if num_top is None else len(prompt) - 1
+    assert len(scored) == num_scored or (is_cut and len(scored) < num_scored)
+    for position, (own, top) in enumerate(scored):
+        logits = torch.from_numpy(script.logits_after(prompt[: position + 1]).astype(np.float64))
+        logprobs = logits.log_softmax(-1).tolist()
+        assert own.token == prompt[position + 1]
+        assert own.logprob == pytest.approx(logprobs[own.token], abs=1e-4)
+        assert [one.logprob for one in top] == pytest.approx(sorted(logprobs, reverse=True)[:num_top], abs=1e-4)
 
 
 def _check_usage(journal: Journal, finished: Finished, output: list[int]) -> None:
@@ -205,6 +230,41 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_go_on():
         journal.results.append(engine.core.step())
     chunks = [(c.num_tokens, len(r.tokens)) for r in journal.results for c in r.charges if c.work is Work.PROMPT]
     assert chunks == [(9, 1), (9, 1), (9, 1), (9, 1), (4, 2)]
+
+
+def test_no_step_scores_more_of_prompts_than_it_may():
+    """Their rows of logits are large. Others' prompts are computed as ever."""
+    engine = scripted_engine(sequences_max=4, cache_tokens=4096)
+    engine.core.submit(request(0, prompt=[1] * 300, tokens_max=2, num_prompt_logprobs=0))
+    engine.core.submit(request(1, prompt=[2] * 300, tokens_max=2, num_prompt_logprobs=0))
+    engine.core.submit(request(2, prompt=[3] * 200, tokens_max=2))
+    results = run(engine).results
+    per_step = [sum(len(scored.logprobs) for scored in result.scored) for result in results]
+    assert max(per_step) == SCORES_PER_STEP_MAX
+    assert sum(per_step) == 2 * 299
+    first = [charge.num_tokens for charge in results[0].charges]
+    assert first[:2] == [SCORES_PER_STEP_MAX, 200]
+
+
+def test_what_was_scored_is_not_scored_again_when_it_is_computed_again():
+    sequence = sequence_of(list(range(20)), num_prompt_logprobs=0)
+    sequence.num_scored = 12
+    assert sequence.num_reusable == 12
+    first, whole = sequence.share(15), sequence.share(99)
+    assert (first.num_scored, first.scored_tokens) == (3, (13, 14, 15))
+    assert (whole.num_scored, whole.num_rows, whole.scored_tokens) == (7, 1, tuple(range(13, 20)))
+
+
+def test_a_prompt_that_is_scored_is_computed_and_others_find_it_cached():
+    engine = scripted_engine(block_size=4)
+    for number, num_top in enumerate((None, 0, None)):
+        engine.core.submit(request(number, prompt=range(20), tokens_max=1, num_prompt_logprobs=num_top))
+        journal = run(engine)
+        assert journal.finished[number, 0].usage.num_cached == (0, 0, 16)[number]
+    engine.core.submit(request(3, prompt=range(20), tokens_max=1, num_prompt_logprobs=0, num_choices=2))
+    journal = run(engine)
+    assert [journal.finished[3, choice].usage.num_cached for choice in (0, 1)] == [0, 16]
+    assert len(journal.scored[3]) == 19
 
 
 def test_no_step_computes_more_than_the_budget():

@@ -223,6 +223,7 @@ MESSAGES: dict[str, codec.AnyResult | AnyGenerate] = {
             ),
             CarriedChoice(tokens=[2], logprobs=None, usage=CARRIED, finish_reason="stop", num_chunks=0),
         ],
+        prompt_logprobs=[CarriedLogprob(-1.5, [(3, -0.25)])],
     ),
 }
 OF_HANDOFFS = [("ce_type", b"tokenmill.handoff.v1")]

@@ -11,7 +11,19 @@ import pytest
 from msgspec import structs
 
 from engine.constraint import Constraint, Matcher
-from engine.types import Charge, EngineStats, Finished, FinishReason, Logprob, Request, StepResult, Token, Usage, Work
+from engine.types import (
+    Charge,
+    EngineStats,
+    Finished,
+    FinishReason,
+    Logprob,
+    Request,
+    Scored,
+    StepResult,
+    Token,
+    Usage,
+    Work,
+)
 from schemas.codec import decode_handoff, decode_result, encode
 from schemas.cost import CostEvent, MeterReading, picodollars
 from schemas.handoff import Handoff
@@ -76,6 +88,13 @@ class PlayedEngine:
         for (_, choice), request in list(self._running.items()):
             self.ends(request, choice, FinishReason.INTERRUPTED)
         return True
+
+    def scores(self, request: Request) -> None:
+        """The prompt's logprobs are there: -1, -2 and so on."""
+        lines: list[tuple[Logprob, tuple[Logprob, ...]]]
+        lines = [(Logprob(token, -1.0 - index), ()) for index, token in enumerate(request.prompt[1:])]
+        scored = Scored(request=request.id, logprobs=lines)
+        self._steps.put_nowait(StepResult(idle_ns=0, tokens=[], finished=[], charges=[], scored=[scored]))
 
     def says(self, request: Request, text: str, choice: int = 0) -> None:
         """A step for each token of the text."""

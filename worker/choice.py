@@ -2,7 +2,7 @@
 
 from engine.types import Finished, Logprob, Token, Usage
 from engine.types import FinishReason as EngineReason
-from schemas.handoff import CarriedChoice, CarriedLogprob
+from schemas.handoff import CarriedChoice
 from schemas.results import (
     AssistantMessage,
     ChatChoice,
@@ -14,30 +14,31 @@ from schemas.results import (
     TopLogprob,
 )
 from worker import handoff
+from worker.echo import Echo, carry, finite
 from worker.intake import Admitted
 from worker.text import TextStream, Tokenizer
-
-LOGPROB_MIN = -9999.0  # OpenAI's own stand-in for the logarithm of zero, which JSON cannot say
 
 
 class Choice:
     """Takes the choice's events in order; makes its part of the result once `finished`."""
 
-    def __init__(self, admitted: Admitted, tokenizer: Tokenizer) -> None:
+    def __init__(self, admitted: Admitted, tokenizer: Tokenizer, echo: Echo) -> None:
         self.finished: Finished | None = None
         self.left_off: Usage | None = None  # its counts where the engine was interrupted, if it was
         self.stream = TextStream(tokenizer, admitted.stops, admitted.request.sampling.tokens_min)
         self._tokenizer = tokenizer
         self._wants_logprobs = admitted.request.sampling.num_logprobs is not None
-        self._pieces: list[str] = []
+        self._echo = echo
+        self._pieces = [echo.text]
         self._tokens: list[tuple[Token, int]] = []  # with the number of characters before each
 
     def take(self, event: Token) -> str:
         """The text that this token makes final: none past a stop string."""
         if self.stream.stopped:
             return ""
+        prompt = "" if self._tokens else self._echo.text  # `_pieces` has it
         self._tokens.append((event, self.stream.num_chars))
-        return self._keep(self.stream.feed(event.token))
+        return prompt + self._keep(self.stream.feed(event.token))
 
     def finish(self, event: Finished) -> str:
         """The text that was held back until now."""
@@ -56,7 +57,7 @@ class Choice:
         events = [event for event, _ in self._tokens]
         return CarriedChoice(
             tokens=[event.token for event in events],
-            logprobs=[_carried(event) for event in events] if self._wants_logprobs else None,
+            logprobs=[carry(event.logprob, event.top_logprobs) for event in events] if self._wants_logprobs else None,
             usage=handoff.usage_of(usage),
             finish_reason=self.finish_reason,
             num_chunks=num_chunks,
@@ -109,25 +110,26 @@ class Choice:
         raw = self._tokenizer.token_bytes(event.token)
         return TokenLogprob(
             token=_name(raw),
-            logprob=_finite(event.logprob),
+            logprob=finite(event.logprob),
             bytes=list(raw),
             top_logprobs=[self._top_logprob(one) for one in event.top_logprobs],
         )
 
     def _top_logprob(self, one: Logprob) -> TopLogprob:
         raw = self._tokenizer.token_bytes(one.token)
-        return TopLogprob(token=_name(raw), logprob=_finite(one), bytes=list(raw))
+        return TopLogprob(token=_name(raw), logprob=finite(one), bytes=list(raw))
 
     def _text_logprobs(self) -> TextLogprobs:
+        echo, events = self._echo, [event for event, _ in self._tokens]
+        lines = [*echo.lines, *((event.logprob, event.top_logprobs) for event in events)]
         return TextLogprobs(
-            tokens=[self._name(event.token) for event, _ in self._tokens],
-            token_logprobs=[_finite(event.logprob) for event, _ in self._tokens],
+            tokens=[self._name(token) for token in (*echo.tokens, *(event.token for event in events))],
+            token_logprobs=[finite(line[0]) if line else None for line in lines],
             # The likeliest first, so of two tokens of one name (parts of characters) the likelier stays.
             top_logprobs=[
-                {self._name(one.token): _finite(one) for one in reversed(event.top_logprobs)}
-                for event, _ in self._tokens
+                {self._name(one.token): finite(one) for one in reversed(line[1])} if line else None for line in lines
             ],
-            text_offset=[offset for _, offset in self._tokens],
+            text_offset=[*echo.offsets, *(echo.num_chars + offset for _, offset in self._tokens)],
         )
 
     def _name(self, token: int) -> str:
@@ -137,13 +139,3 @@ class Choice:
 def _name(raw: bytes) -> str:
     """The token as text: a part of a character shows as U+FFFD, and the bytes beside it say which."""
     return raw.decode(errors="replace")
-
-
-def _carried(event: Token) -> CarriedLogprob:
-    """As finite as it will be shown: the answer is the same whoever makes it."""
-    return CarriedLogprob(_finite(event.logprob), [(one.token, _finite(one)) for one in event.top_logprobs])
-
-
-def _finite(one: Logprob | None) -> float:
-    """JSON has neither infinity nor NaN."""
-    return one.logprob if one is not None and one.logprob > LOGPROB_MIN else LOGPROB_MIN

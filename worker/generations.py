@@ -177,6 +177,9 @@ class Generations:
         """A step of the engine becomes text, previews and answers. Whose deadline has passed by then is given up."""
         self._meter.step(result)
         self._telemetry.step(result, self._engine.stats())
+        for scored in result.scored:
+            if running := self._running.get(scored.request):
+                running.answer.score(scored)
         for token in result.tokens:
             await self._token(token)
         for finished in result.finished:

@@ -17,7 +17,7 @@ from engine.types import Capacity, Request, Sampling
 from schemas.codec import Malformed, WireLimits, decode_handoff, decode_request
 from schemas.cost import dollars, picodollars
 from schemas.handoff import CarriedChoice, Handoff
-from schemas.requests import AnyGenerate, AnyText, Chat, ChatBody, Tier
+from schemas.requests import AnyGenerate, AnyText, Chat, ChatBody, TextBody, Tier
 from schemas.results import ErrorCode, Input
 from worker.brokers.base import Record
 from worker.config import Limits
@@ -187,6 +187,10 @@ class Intake:
     def _fits(self, begun: Request, handoff: Handoff) -> bool:
         """Whether the tokens that were carried can have come of this model and this request."""
         wants_logprobs = begun.sampling.num_logprobs is not None
+        num_scored = 0 if begun.sampling.num_prompt_logprobs is None else len(begun.prompt) - 1
+        # The choice that scores the prompt has a token once that is done; without one it would score it again.
+        if len(handoff.prompt_logprobs or ()) != num_scored or (num_scored and not handoff.choices[0].tokens):
+            return False
         try:
             check_request(begun, self._capacity)
         except RequestRefused:
@@ -212,11 +216,7 @@ class Intake:
             raise invalid(f"logit_bias: the model's tokens go up to {self._capacity.vocab_size - 1}")
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options is there for stream: true alone")
-        if isinstance(body, ChatBody):
-            if body.top_logprobs and not body.logprobs:
-                raise invalid("top_logprobs is there for logprobs: true alone")
-            if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
-                raise invalid("max_tokens and max_completion_tokens are two names of one limit; give one")
+        _check_body(body)
 
     def _prompt(self, generate: AnyGenerate) -> tuple[int, ...]:
         room = self._room - 1  # a place for the first token of the answer
@@ -246,14 +246,14 @@ class Intake:
             raise invalid(f"max_tokens is {tokens_max}; at most {self._limits.output_tokens_max} are given")
         if body.min_tokens > tokens_max:
             raise invalid(f"min_tokens is {body.min_tokens}, and the answer ends after {tokens_max}")
-        self._check_size(generate, tokens_max)
+        self._check_size(generate, tokens_max + (num_prompt if _echoes(generate) else 0))
         return tokens_max
 
-    def _check_size(self, generate: AnyGenerate, tokens_max: int) -> None:
+    def _check_size(self, generate: AnyGenerate, num_tokens: int) -> None:
         """The answer fits into a record: better refused now than thrown away when it is paid for."""
         wanted = _num_logprobs(generate)
         per_token = TEXT_BYTES_PER_TOKEN + (0 if wanted is None else LOGPROB_BYTES * (1 + wanted))
-        if (size := tokens_max * generate.body.n * per_token) > RECORD_BYTES_MAX:
+        if (size := num_tokens * generate.body.n * per_token) > RECORD_BYTES_MAX:
             raise invalid(
                 f"the answer may take {size} bytes, and a record holds {RECORD_BYTES_MAX}: "
                 "ask for fewer tokens, choices or logprobs"
@@ -285,6 +285,7 @@ class Intake:
             seed=_seed(record) if body.seed is None else body.seed % 2**63,
             stop_token_ids=(*(() if body.ignore_eos else self.eos_token_ids), *body.stop_token_ids),
             num_logprobs=_num_logprobs(generate),
+            num_prompt_logprobs=_num_logprobs(generate) if _echoes(generate) else None,
             num_choices=body.n,
         )
 
@@ -319,11 +320,27 @@ def too_long(message: str) -> RequestError:
     return RequestError(ErrorCode.CONTEXT_EXCEEDED, message)
 
 
+def _check_body(body: ChatBody | TextBody) -> None:
+    """What one kind of body alone can ask for, and what of it contradicts itself."""
+    if isinstance(body, TextBody) and body.best_of not in (None, body.n):
+        raise invalid("best_of is not there yet, it will come with group requests: ask for n, and choose among them")
+    if isinstance(body, ChatBody):
+        if body.top_logprobs and not body.logprobs:
+            raise invalid("top_logprobs is there for logprobs: true alone")
+        if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
+            raise invalid("max_tokens and max_completion_tokens are two names of one limit; give one")
+
+
 def _num_logprobs(generate: AnyGenerate) -> int | None:
     """None: no logprobs; 0: the chosen token's alone."""
     if isinstance(generate, Chat):
         return generate.body.top_logprobs if generate.body.logprobs else None
     return generate.body.logprobs
+
+
+def _echoes(generate: AnyGenerate) -> bool:
+    """Whether the prompt comes before the answer."""
+    return isinstance(generate.body, TextBody) and generate.body.echo
 
 
 def _seed(record: Record) -> int:

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from msgspec import structs
 
-from engine.types import Finished, Token
+from engine.types import Finished, Scored, Token
 from engine.types import FinishReason as EngineReason
 from engine.types import Usage as EngineUsage
 from schemas.codec import encode, place_id
@@ -33,6 +33,7 @@ from schemas.results import (
 )
 from worker.brokers.base import Record
 from worker.choice import Choice
+from worker.echo import Echo
 from worker.errors import RequestError
 from worker.intake import RECORD_BYTES_MAX, Admitted, Refused, input_of
 from worker.text import Tokenizer
@@ -57,13 +58,19 @@ class Answer:
         self.id = place_id(admitted.input)
         self.worker = worker
         self._clock, self._received_s = clock, clock()
-        self._choices = [Choice(admitted, tokenizer) for _ in range(admitted.request.sampling.num_choices)]
+        self._echo = Echo(admitted, tokenizer)
+        self._choices = [Choice(admitted, tokenizer, self._echo) for _ in range(admitted.request.sampling.num_choices)]
         self._first_token_s: float | None = None
         self._done_s = admitted.admitted_s
         for number, (choice, carried) in enumerate(zip(self._choices, admitted.carried, strict=False)):
             choice.take_up(carried, admitted.request.id, number)
         if admitted.handoff and admitted.carried:
+            self._echo.take_up(admitted.handoff.prompt_logprobs)
             self._first_token_s = admitted.handoff.first_token_s
+
+    def score(self, event: Scored) -> None:
+        """The prompt's next logprobs are there."""
+        self._echo.take(event.logprobs)
 
     def take(self, event: Token) -> str:
         """The text that this token makes final. A token past a stop string is discarded, and makes none."""
@@ -122,6 +129,7 @@ class Answer:
             spent=dollars(spent),
             worker=self.worker,
             choices=[choice.carried(num) for choice, num in zip(self._choices, num_chunks, strict=True)],
+            prompt_logprobs=self._echo.carried(),
         )
 
     def is_stopped(self, choice: int) -> bool:
@@ -250,7 +258,7 @@ class Answer:
         """A quick look, so that ordinary answers are not encoded twice."""
         if self.admitted.request.sampling.num_logprobs is not None:
             return True
-        num_chars = sum(choice.stream.num_chars for choice in self._choices)
+        num_chars = sum(self._echo.num_chars + choice.stream.num_chars for choice in self._choices)
         return num_chars * JSON_BYTES_PER_CHAR > RECORD_BYTES_MAX - FRAME_BYTES
 
 
