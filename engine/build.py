@@ -4,6 +4,7 @@ Owns what the settings leave open: device, number format and the cache's size fo
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,51 +15,98 @@ from engine.core import Core
 from engine.drafters import forward_into, load_draft_model, make_drafter
 from engine.drafting import Drafting
 from engine.errors import EngineMisconfigured
+from engine.followers import Followers
 from engine.loader import Progress, load
 from engine.metering import Meter
 from engine.models.decoder import Decoder, KVCache
 from engine.models.layers import AUTO
 from engine.models.spec import ModelSpec
+from engine.ranks import Ranks
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.types import Capacity
 from kernels.backends import pick
 from kernels.cache import CACHE_DTYPES
+from kernels.ops import Ops
+
+
+@dataclass(frozen=True)
+class Model:
+    """What every rank has: its part of the model, and of the cache of `num_blocks` blocks. A model that drafts has its
+    own.
+    """
+
+    decoder: Decoder
+    cache: KVCache
+    draft_model: Decoder | None
+    draft_cache: KVCache | None
+    num_blocks: int
+    ops: Ops
 
 
 def build(config: EngineConfig, model_path: Path, progress: Progress | None = None) -> Core:
     """An engine that is ready to step. `progress` hears of the weights in bytes.
 
-    Raises ModelError where the checkpoint cannot be used, EngineMisconfigured where the settings do not suit it.
+    Raises ModelError where the checkpoint cannot be used, EngineMisconfigured where the settings do not suit it,
+    RankLost where another rank's process ends.
     """
-    device = pick_device(config.device)
+    device = pick_device(config.device, 0, config.ranks)
+    followers = Followers.start(config, model_path, device)
+    try:
+        with followers.blaming():
+            model = open_model(config, model_path, followers.ranks, progress)
+        blocks = BlockCache(model.num_blocks, config.block_size)
+        capacity = _capacity(config, model.decoder, blocks)
+        drafter = make_drafter(config, model.decoder, model.cache, model.draft_model, model.draft_cache, model.ops)
+        forward = followers.leading(forward_into(model.decoder, model.cache))
+        return Core(
+            Scheduler(config, blocks, capacity.context_max),
+            Drafting(drafter, blocks, _drafts_max(config, device), config.draft_cost),
+            Runner(forward, model.ops, config.block_size, device),
+            Meter(),
+            capacity,
+            followers,
+            overlap=_overlaps(config, device),
+        )
+    except BaseException:
+        followers.end()
+        raise
+
+
+def open_model(config: EngineConfig, model_path: Path, ranks: Ranks, progress: Progress | None = None) -> Model:
+    """One rank's part of the model, ready to compute. All ranks call it, and raise what `build` does."""
+    device = pick_device(config.device, ranks.rank, ranks.size)
     dtype = activation_dtype(device)
     ops = pick(device)
-    ops.use_threads(config.threads)
-    decoder = load(model_path, ops, weights=config.weights, dtype=dtype, device=device, progress=progress)
+    ops.use_threads(config.threads or _threads(ranks))
+    decoder = load(model_path, ops, weights=config.weights, dtype=dtype, device=device, ranks=ranks, progress=progress)
     draft_model = load_draft_model(config, decoder, ops)
     kept = cache_dtype(config.cache, dtype)
     models = [decoder, draft_model] if draft_model else [decoder]
-    block_bytes = sum(bytes_per_block(model.spec, config.block_size, kept) for model in models)
-    blocks = BlockCache(_num_blocks(config, decoder, block_bytes), config.block_size)
-    caches = [KVCache.allocate(model.spec, blocks.num_blocks, config.block_size, kept, device) for model in models]
-    capacity = _capacity(config, decoder, blocks)
-
-    drafter = make_drafter(config, decoder, caches[0], draft_model, caches[1] if draft_model else None, ops)
-    return Core(
-        Scheduler(config, blocks, capacity.context_max),
-        Drafting(drafter, blocks, _drafts_max(config, device), config.draft_cost),
-        Runner(forward_into(decoder, caches[0]), ops, config.block_size, device),
-        Meter(),
-        capacity,
-        overlap=_overlaps(config, device),
-    )
+    block_bytes = sum(bytes_per_block(model.part, config.block_size, kept) for model in models)
+    num_blocks = ranks.least(_num_blocks(config, decoder, block_bytes, ranks))
+    caches = [KVCache.allocate(model.part, num_blocks, config.block_size, kept, device) for model in models]
+    return Model(decoder, caches[0], draft_model, caches[1] if draft_model else None, num_blocks, ops)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of this name; auto: a GPU where there is one. Raises EngineMisconfigured where it is not there."""
+def _threads(ranks: Ranks) -> int:
+    """Of each rank, where the settings leave it open: together they have all cores. 0: as many as torch takes."""
+    return 0 if ranks.size == 1 else max(1, len(os.sched_getaffinity(0)) // ranks.size)
+
+
+def pick_device(name: str, rank: int = 0, num_ranks: int = 1) -> torch.device:
+    """The device of this name, of several ranks a GPU for each; auto: GPUs where there are any.
+
+    Raises EngineMisconfigured where it is not there.
+    """
     if name == AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if num_ranks > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise EngineMisconfigured(f"device {name!r} is one GPU, and there are {num_ranks} ranks: take cuda")
+        if num_ranks > torch.cuda.device_count():
+            raise EngineMisconfigured(f"ranks is {num_ranks}, and there are {torch.cuda.device_count()} GPUs")
+        name = f"cuda:{rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -101,10 +149,12 @@ def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int
         raise EngineMisconfigured(str(error)) from error
 
 
-def _num_blocks(config: EngineConfig, decoder: Decoder, block_bytes: int) -> int:
+def _num_blocks(config: EngineConfig, decoder: Decoder, block_bytes: int, ranks: Ranks) -> int:
     if config.cache_tokens:
         return config.cache_tokens // config.block_size
-    memory_bytes = int(free_memory_bytes(decoder.device) * config.cache_memory_share)
+    ranks.least(0)  # all have loaded their weights, and what is free now stays so
+    num_sharing = ranks.size if decoder.device.type == "cpu" else 1
+    memory_bytes = int(free_memory_bytes(decoder.device) * config.cache_memory_share) // num_sharing
     # More than all sequences at their longest could fill is of no use.
     useful = config.sequences_max * -(-(config.context_max or decoder.spec.context_max) // config.block_size)
     return min(useful, num_blocks_within(memory_bytes, block_bytes))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import EngineMisconfigured, RequestRefused
+from engine.ranks import RANKS_MAX
 from engine.types import Capacity, Request
 
 DRAFTS_MAX = 8  # where text repeats itself more would be kept, but a step with many sequences would grow tenfold
@@ -18,6 +19,7 @@ BIASES_MAX = 300  # OpenAI's own limit for logit_bias; each is sent to the devic
 PENALTY_MAX = 2.0  # OpenAI's own range for both of its penalties, from minus this
 REPETITION_MIN, REPETITION_MAX = 0.1, 10.0  # far beyond use (1.0 to 1.5), and a logit stays far from infinity
 BIAS_MAX = 100.0  # OpenAI's own range for a bias, from minus this: enough to forbid a token, or to force it
+EXPERTS = ("sharded", "whole")
 INTEGER_BITS = 64  # ids and seeds are integers of the wire
 
 Switch = Literal["auto", "on", "off"]
@@ -30,7 +32,9 @@ class EngineConfig:
     device: str = "cpu"
     weights: str = "auto"  # of engine/quant FORMATS, or auto: as the checkpoint has them, its floats as activations
     cache: str = "auto"  # of kernels/cache.py CACHE_DTYPES, or auto: as activations
-    threads: int = 0  # processor threads of tensor work; 0: all cores
+    threads: int = 0  # processor threads of a rank's tensor work; 0: all cores, shared among the ranks
+    ranks: int = 1  # processes that compute the model together, each on a GPU of its own, or on a share of the cores
+    experts: str = "sharded"  # of several ranks: each has a part of every expert, or some experts "whole"
 
     block_size: int = 16  # vLLM's too: prefixes are shared in whole blocks, and a sequence wastes half of one
     cache_tokens: int = 0  # 0: as `cache_memory_share` of the free memory allows
@@ -63,6 +67,7 @@ class EngineConfig:
                 "overlap is on and drafts_max is not 0, or a model drafts: drafts continue tokens that a step ahead "
                 "does not know yet; set drafts_max to 0 and no drafting model, or leave overlap to be chosen"
             )
+        self._check_ranks()
         if self.drafts_max == 0 and self.has_drafting_model:
             raise EngineMisconfigured(
                 "draft_experts or draft_model is set and drafts_max is 0: nothing would be drafted"
@@ -75,6 +80,17 @@ class EngineConfig:
                 "raise it, or lower sequences_max"
             )
 
+    def _check_ranks(self) -> None:
+        if self.ranks > RANKS_MAX:
+            raise EngineMisconfigured(f"ranks is {self.ranks}; it must be {RANKS_MAX} or less")
+        if self.experts not in EXPERTS:
+            raise EngineMisconfigured(f"experts {self.experts!r} is not one of {', '.join(EXPERTS)}")
+        if self.ranks > 1 and self.has_drafting_model:
+            raise EngineMisconfigured(
+                f"draft_experts or draft_model is set, and ranks is {self.ranks}: a model drafts for one rank only; "
+                "unset it, and drafts are looked up"
+            )
+
     @property
     def has_drafting_model(self) -> bool:
         """Whether drafts come from a model, and are not looked up."""
@@ -83,6 +99,7 @@ class EngineConfig:
 
 _LOWEST = {
     "threads": 0,
+    "ranks": 1,
     "block_size": 1,
     "cache_tokens": 0,
     "context_max": 0,

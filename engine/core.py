@@ -5,7 +5,9 @@ Owns the loop's body and how the parts are put together. Blocking, and one threa
 
 from engine.config import check_request
 from engine.drafting import Drafting
+from engine.followers import Followers
 from engine.metering import Meter
+from engine.ranks import ALONE
 from engine.runner import Pending, Runner
 from engine.scheduler import Plan, Scheduler
 from engine.types import Capacity, EngineStats, Request, StepResult
@@ -21,11 +23,13 @@ class Core:
         runner: Runner,
         meter: Meter,
         capacity: Capacity,
+        followers: Followers | None = None,
         *,
         overlap: bool = False,
     ) -> None:
         """`overlap`: a step is planned and launched while the one before runs, wherever it can be foreseen."""
         self.capacity = capacity
+        self.followers = followers or Followers((), ALONE)
         self.meter = meter
         self._scheduler = scheduler
         self._drafting = drafting

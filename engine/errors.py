@@ -14,3 +14,7 @@ class EngineMisconfigured(Exception):
 
 class RequestRefused(Exception):
     """The engine could never run this request; the text says why. Nothing of it is kept."""
+
+
+class RankLost(Exception):
+    """A process that computed a part of the model has ended, and with it the engine; the text says which and how."""

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +15,6 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 from msgspec import Struct
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import ModelError
@@ -24,8 +22,11 @@ from engine.models import ARCHITECTURES, Architecture, Decoder, ModelSpec
 from engine.models.hf import GenerationConfig, token_ids
 from engine.models.layers import AUTO, Weights
 from engine.models.parameters import Parameter, parameters
+from engine.models.parts import Cut, cut, part_of
 from engine.quant import DENSE_FORMATS, FORMATS, Kept
-from engine.schemes import FLOATS, Entry, Plain, Scheme, Source, Stored, Wanted, scheme_of
+from engine.ranks import ALONE, Ranks
+from engine.schemes import FLOATS, Plain, Scheme, Source, Stored, Wanted, scheme_of
+from engine.shards import DTYPES, Shard, open_shard
 from kernels.ops import Ops
 
 T = TypeVar("T")
@@ -36,16 +37,6 @@ CONFIG_BYTES_MAX = 1 << 20  # the longest published one, with a thousand labels,
 INDEX_BYTES_MAX = 64 << 20  # a name of 70 characters for each of half a million tensors
 SHARDS_MAX = 1024  # the largest published checkpoints have 200; each holds a file open while we read
 
-DTYPES = {  # what we read, by safetensors' names
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that Llama checkpoints of 2023 carry along
 
 
@@ -60,29 +51,38 @@ def load(
     weights: str,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Decoder:
     """The model of the folder `path`, its layers' matrices in the weight format `weights`, computing in `dtype`.
 
+    Of several ranks each calls this, and has its part of the model; no more than that is ever in memory, but for one
+    matrix at a time.
+
     `weights` is one of `FORMATS`, made here from whatever the folder holds, or AUTO: as the folder holds them, floats
     in `dtype`. `progress` hears of each parameter.
-    Raises ModelError for whatever is wrong with the folder or the settings.
+    Raises ModelError for whatever is wrong with the folder or the settings, EngineMisconfigured as `open_checkpoint`.
     """
     if weights not in (AUTO, *FORMATS):
         raise ModelError(f"weights {weights!r} is not one of {', '.join((AUTO, *FORMATS))}")
     if dtype not in DENSE_FORMATS:
         raise ModelError(f"dtype {dtype} is not one of {', '.join(map(str, DENSE_FORMATS))}")
-    with open_checkpoint(path, progress) as (spec, checkpoint):
-        return Decoder(spec, Weights(checkpoint, ops, weights, dtype, torch.device(device)))
+    with open_checkpoint(path, ranks, progress) as (spec, checkpoint):
+        return Decoder(spec, Weights(checkpoint, ops, weights, dtype, torch.device(device), ranks))
 
 
 @contextmanager
-def open_checkpoint(path: Path, progress: Progress | None = None) -> Iterator[tuple[ModelSpec, "Checkpoint"]]:
-    """What the folder's model is, and its tensors, all of them checked. Raises ModelError as `load` does."""
+def open_checkpoint(
+    path: Path, ranks: Ranks = ALONE, progress: Progress | None = None
+) -> Iterator[tuple[ModelSpec, "Checkpoint"]]:
+    """What the folder's model is, and its tensors, all of them checked. Raises ModelError as `load` does.
+
+    Raises EngineMisconfigured where the ranks cannot share the model.
+    """
     architecture, spec, scheme = _understand(path)
     with ExitStack() as files:
-        shards = [files.enter_context(_open_shard(file)) for file in _shard_files(path)]
-        checkpoint = Checkpoint(architecture, scheme, shards, progress)
+        shards = [files.enter_context(open_shard(file)) for file in _shard_files(path)]
+        checkpoint = Checkpoint(architecture, scheme, shards, ranks, progress)
         checkpoint.check(spec)
         yield spec, checkpoint
 
@@ -113,32 +113,42 @@ def _understand(path: Path) -> tuple[Architecture, ModelSpec, Scheme]:
 
 
 class Checkpoint:
-    """The tensors of open shards, as our parameters: the decoder's `Tensors`."""
+    """The tensors of open shards, as this rank's part of our parameters: the decoder's `Tensors`."""
 
     def __init__(
-        self, architecture: Architecture, scheme: Scheme, shards: Sequence["_Shard"], progress: Progress | None = None
+        self,
+        architecture: Architecture,
+        scheme: Scheme,
+        shards: Sequence[Shard],
+        ranks: Ranks = ALONE,
+        progress: Progress | None = None,
     ) -> None:
         self._architecture = architecture
         self._scheme = scheme
+        self._ranks = ranks
         self._shards = {name: shard for shard in shards for name in shard.entries}
         self._entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
         self._sources: dict[Parameter, Source] = {}
+        self._cuts: dict[Parameter, Cut] = {}  # of those that the rank has a part of
         self._progress = progress
         self._bytes_total = self._bytes_done = 0
 
     def check(self, spec: ModelSpec) -> None:
-        """From now on `take` gives every parameter of the model.
+        """From now on `take` gives every parameter of the rank's part of the model.
 
         Raises ModelError for a tensor that is missing, misshapen, of a type that we do not read, or there without need.
         """
-        shapes = parameters(spec)
+        shapes, parts = parameters(spec), parameters(part_of(spec, self._ranks))
         num_alike = Counter((parameter.role, parameter.layer) for parameter in shapes)
         for parameter, shape in shapes.items():
             source = self._source(parameter, shape, num_alike[parameter.role, parameter.layer])
             for stored in source.tensors.values():
                 self._verify(stored)
             self._sources[parameter] = source
-            self._bytes_total += self._bytes_of(source)
+        for parameter, shape in parts.items():
+            self._bytes_total += self._bytes_of(self._sources[parameter])
+            if shape != shapes[parameter]:
+                self._cuts[parameter] = cut(shapes[parameter], shape, self._ranks)
         self._refuse_surplus(spec)
 
     def _source(self, parameter: Parameter, shape: tuple[int, ...], num_alike: int) -> Source:
@@ -185,51 +195,27 @@ class Checkpoint:
         return self._bytes_of(self._sources[parameter])
 
     def take(self, parameter: Parameter) -> Kept:
-        """The parameter as the files have it, in memory of its own.
+        """The rank's part of the parameter as the files have it, in memory of its own.
 
-        Raises ModelError where a file ends too early, or holds numbers that make no sense.
+        Raises ModelError where a file ends too early, holds numbers that make no sense, or has what cannot be cut so.
         """
-        source = self._sources[parameter]
+        source, wanted = self._sources[parameter], self._cuts.get(parameter)
         try:
-            kept = source.unpack({part: self._read(stored, source) for part, stored in source.tensors.items()})
+            kept = source.unpack({part: self._read(stored, source, wanted) for part, stored in source.tensors.items()})
+            kept = kept.cut(wanted) if wanted and not source.is_as_kept else kept
         except ValueError as error:
-            raise ModelError(f"tensor {next(iter(source.tensors.values())).name}: {error}") from error
+            name = next(iter(source.tensors.values())).name
+            raise ModelError(f"tensor {name}: {error}{self._ranks.note}") from error
         self._bytes_done += self._bytes_of(source)
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)
         return kept
 
-    def _read(self, stored: Stored, source: Source) -> Tensor:
+    def _read(self, stored: Stored, source: Source, wanted: Cut | None) -> Tensor:
         shard = self._shards[stored.name]
-        return shard.read(stored.name) if source.expert is None else shard.read_one(stored.name, source.expert)
-
-
-class _Shard:
-    """One file of tensors, read piece by piece into memory: what is mapped would be held until the last is done."""
-
-    def __init__(self, file: BufferedReader) -> None:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = msgspec.json.decode(file.read(header_bytes), type=dict[str, Entry])
-        self.entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        self._file = file
-        self._start = 8 + header_bytes
-
-    def read(self, name: str) -> Tensor:
-        """The whole tensor."""
-        entry = self.entries[name]
-        return self._read(entry, entry.shape, 0)
-
-    def read_one(self, name: str, index: int) -> Tensor:
-        """`tensor[index]`, and no more of it."""
-        entry = self.entries[name]
-        return self._read(entry, entry.shape[1:], index)
-
-    def _read(self, entry: Entry, shape: tuple[int, ...], index: int) -> Tensor:
-        tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
-        self._file.seek(self._start + entry.data_offsets[0] + index * tensor.nbytes)
-        if self._file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
-            raise ModelError(f"{self._file.name} has become shorter while it was read")
-        return tensor
+        if source.expert is not None:
+            return shard.read_one(stored.name, source.expert)
+        return shard.read_cut(stored.name, wanted) if wanted and source.is_as_kept else shard.read(stored.name)
 
 
 def _shard_files(path: Path) -> list[Path]:
@@ -244,20 +230,6 @@ def _shard_files(path: Path) -> list[Path]:
         if Path(name).name != name:  # "../../etc/shadow", "/dev/zero": a checkpoint reads its own folder alone
             raise ModelError(f"{index_file}: {name!r} is not a file of this folder")
     return [path / name for name in names]
-
-
-@contextmanager
-def _open_shard(file: Path) -> Iterator[_Shard]:
-    """The file open and its header checked: its tensors neither overlap nor reach beyond the file."""
-    if not file.is_file():
-        raise ModelError(f"{file} is missing: only safetensors are read, and the download may be incomplete")
-    try:
-        with safe_open(file, framework="pt"):
-            pass  # the check is all we want of it
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: {error}") from error
-    with file.open("rb") as opened:
-        yield _Shard(opened)
 
 
 def _read_json(file: Path, kind: type[T], bytes_max: int) -> T:

@@ -58,6 +58,7 @@ class EngineThread:
 
     def start(self) -> None:
         """The engine runs; from now on its time is metered."""
+        self._core.followers.on_loss(self._failed)
         self._thread.start()
 
     def submit(self, request: Request) -> None:
@@ -89,6 +90,8 @@ class EngineThread:
                 self._stats = self._core.stats()
         except BaseException as error:  # noqa: BLE001  whatever it is, the worker must know that the engine is gone
             self._failed(error)
+        finally:
+            self._core.followers.end()
 
     def _read_inbox(self) -> None:
         """All that came in is done. With nothing else to do, sleep until something comes, or a report is due."""

@@ -131,8 +131,9 @@ class Experts(Protocol):
 
     gate_up[e] and down[e] are prepared matrices (2 I, C) and (C, I) of expert e, stacked, and multiplied by `linear`,
     with `activation` (T, 2 I) -> (T, I) between: the table's `swiglu`, a `partial` of its `clamped_swiglu` with alpha
-    and limit by name, or any function, which no backend can fuse. gate_up_bias (E, 2 I) and down_bias (E, C), both or
-    neither.
+    and limit by name, or any function, which no backend can fuse. gate_up_bias (E, 2 I) and down_bias (E, C), where
+    there are any. A choice that is none of the E, because another rank has it, is E with the weight 0: nothing is
+    computed for it.
     """
 
     def __call__(

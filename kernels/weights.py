@@ -21,6 +21,7 @@ bf16 keeps: that changes a scale by 2^-8 at most, and a zero, of up to 8 steps, 
 """
 
 from collections.abc import Callable, Mapping
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -86,9 +87,49 @@ def int4_group(parts: Parts) -> int:
 
 def int4_by(parts: Parts, group: int) -> Parts:
     """The same int4 weight in groups of `group`, of which its own are multiples, scales and zeros in bf16."""
+    return {name: part if name == "q" else part.bfloat16() for name, part in _regrouped(parts, group).items()}
+
+
+def _regrouped(parts: Parts, group: int) -> Parts:
+    """The same int4 weight in groups of `group`, of which its own are multiples."""
     repeats = int4_group(parts) // group
-    groups = {name: parts[name].bfloat16().repeat_interleave(repeats, dim=1) for name in ("scale", "zero")}
-    return {"q": parts["q"], **groups}
+    return {"q": parts["q"], **{name: parts[name].repeat_interleave(repeats, dim=1) for name in ("scale", "zero")}}
+
+
+def cut_inputs(layout: str, parts: Parts, inputs: range) -> Parts:
+    """The columns `inputs` of the weight alone, as views where that can be. int4 has smaller groups where one is cut.
+
+    Raises ValueError where a group would be cut that cannot.
+    """
+    if layout == "int4" and (group := gcd(int4_group(parts), inputs.start, inputs.stop)) % INT4_GROUP == 0:
+        parts = _regrouped(parts, group)
+    return {name: _columns(part, inputs, _inputs_of_column(layout, name, parts)) for name, part in parts.items()}
+
+
+def _inputs_of_column(layout: str, name: str, parts: Parts) -> int | None:
+    """How many inputs a column of the part is for; None: all of them."""
+    match layout, name:
+        case ("int4" | "mxfp4", "q"):
+            return 2
+        case ("int4", _):
+            return int4_group(parts)
+        case ("mxfp4", _):
+            return MXFP4_GROUP
+        case ("fp8", "scale"):
+            return FP8_GROUP if parts["scale"].shape[1] > 1 else None
+        case ("int8", "scale"):
+            return None
+    return 1
+
+
+def _columns(part: Tensor, inputs: range, each: int | None) -> Tensor:
+    if each is None:
+        return part
+    start, stop = inputs.start // each, -(-inputs.stop // each)
+    # The last group of FP8's may be shorter.
+    if inputs.start % each or (inputs.stop % each and stop != part.shape[1]):
+        raise ValueError(f"inputs {inputs.start} to {inputs.stop} are not whole groups of {each}")
+    return part[:, start:stop]
 
 
 def pack_nibbles(levels: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def step(model: Decoder, cache: KVCache, start: int, tokens: list[int], rows: Se
 
 def cache_for(model: Decoder, dtype: torch.dtype | None = None) -> KVCache:
     """A cache full of NaN: whatever is read before it was written shows."""
-    cache = KVCache.allocate(model.spec, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=dtype or model.dtype)
+    cache = KVCache.allocate(model.part, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=dtype or model.dtype)
     for tensor in cache.keys:
         tensor.view(torch.uint8).fill_(0xFF)  # NaN in every format; in int8 it is the scale's
     for tensor in cache.values:

@@ -113,11 +113,13 @@ class TestWhereSettingsComeFrom:
         )
         (tmp_path / "config.json").touch()
         with_model = replace(changed, draft_experts=0, draft_model=str(tmp_path), draft_weights="int4")
-        for settings in (changed, with_model):
+        with_ranks = replace(changed, draft_experts=0, ranks=2, experts="whole")  # for which no model drafts
+        each = (changed, with_model, with_ranks)
+        for settings in each:
             start._build(settings, Path())
         for name, default in flat(Engine()):
-            asked = [getattr(settings, name) for settings in (changed, with_model)]
-            assert asked != [default, default], f"{name} is not tested"
+            asked = [getattr(settings, name) for settings in each]
+            assert asked != [default] * len(each), f"{name} is not tested"
             assert [str(getattr(one, name) or "") for one in reached] == [str(one or "") for one in asked]
 
 

@@ -427,6 +427,24 @@ def test_experts_may_have_groups_of_two_sizes(ops: Ops) -> None:
     assert_close(actual, expected, 0.03)  # a backend may round rows to int8 before both products: 1 % each
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 40, 700])
+@pytest.mark.parametrize("num_held", [1, 3])
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_a_choice_that_is_another_ranks_adds_nothing(ops: Ops, name: str, num_held: int, num_tokens: int) -> None:
+    """Of 16 experts some are here; the others' pairs are many, or all there are."""
+    kernel = ops.weights[name]
+    matrices = [[FORMATS[name].quantize(torch.randn(shape) * 0.1) for _ in range(16)] for shape in [(64, 64), (64, 32)]]
+    gate_up, down = ([kernel.prepare(parts) for parts in of] for of in matrices)
+    weights, chosen = reference.route(torch.randn(num_tokens, 16), 2, "softmax", True)
+    x, is_held = torch.randn(num_tokens, 64).bfloat16(), chosen < num_held
+    held = weights.where(is_held, 0), chosen.where(is_held, num_held)
+    stacks = kernel.stack(gate_up[:num_held]), kernel.stack(down[:num_held])
+    actual = ops.experts(x, *held, *stacks, kernel.linear, ops.swiglu)
+    all_of = kernel.stack(gate_up), kernel.stack(down)
+    expected = ops.experts(x, weights.where(is_held, 0), chosen, *all_of, kernel.linear, ops.swiglu)
+    assert_close(actual, expected, TOLERANCE[torch.bfloat16])
+
+
 def test_experts_sum_the_chosen_ones_by_weight(any_ops: Ops) -> None:
     linear = reference.OPS.weights["fp32"].linear
     doubling = [torch.eye(4) * e for e in range(3)]  # expert e multiplies by e, then by e
@@ -446,6 +464,8 @@ def test_experts_add_their_biases(any_ops: Ops) -> None:
     of = [(x * e + inner[e]) * e + outer[e] for e in range(3)]  # what each expert makes of both rows
     expected = torch.stack([0.5 * of[2][0] + 0.25 * of[1][0], of[0][1] + 2 * of[2][1]])
     assert_close(actual, expected, TOLERANCE[torch.float32])
+    without = any_ops.experts(x, weights, chosen, doubling, doubling, linear, torch.clone, inner)
+    assert_close(without, expected - (outer[chosen] * weights[..., None]).sum(1), 2 * TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -183,7 +183,11 @@ class Engine:
     cache: Literal["auto", "fp32", "bf16", "fp8", "int8"] = "auto"
     """Number format of the cache; auto: fp32 on a CPU, bf16 on a GPU."""
     threads: Annotated[int, between(0, 1024)] = 0
-    """Processor threads; 0: all cores."""
+    """Processor threads of a rank; 0: all cores, shared among the ranks."""
+    ranks: Annotated[int, between(1, 16)] = 1
+    """Processes that compute the model together, each on a GPU of its own."""
+    experts: Literal["sharded", "whole"] = "sharded"
+    """Of several ranks: each has a part of every expert, or some experts whole."""
     block_size: Annotated[int, between(1, 1024)] = 16
     """Tokens in one block of the cache."""
     cache_tokens: Annotated[int, between(0, 1 << 30)] = 0

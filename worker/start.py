@@ -12,7 +12,7 @@ from pathlib import Path
 from engine.build import build
 from engine.config import EngineConfig
 from engine.core import Core
-from engine.errors import EngineMisconfigured, ModelError
+from engine.errors import EngineMisconfigured, ModelError, RankLost
 from engine.thread import EngineThread
 from engine.types import StepResult
 from schemas.cost import picodollars
@@ -25,7 +25,7 @@ from worker.containment import Gate
 from worker.cost import Meter
 from worker.drain import Drain
 from worker.envelope import Envelope
-from worker.errors import Misconfigured
+from worker.errors import Fatal, Misconfigured
 from worker.exporters import open_exporters
 from worker.generations import Generations
 from worker.grammar import Grammars
@@ -102,6 +102,8 @@ def _build(settings: Engine, folder: Path) -> Core:
                 weights=settings.weights,
                 cache=settings.cache,
                 threads=settings.threads,
+                ranks=settings.ranks,
+                experts=settings.experts,
                 block_size=settings.block_size,
                 cache_tokens=settings.cache_tokens,
                 cache_memory_share=settings.cache_memory_share,
@@ -118,6 +120,8 @@ def _build(settings: Engine, folder: Path) -> Core:
         )
     except (ModelError, EngineMisconfigured) as error:
         raise Misconfigured(str(error)) from error
+    except RankLost as error:
+        raise Fatal(str(error)) from error
 
 
 def _engine(core: Core, steps: "asyncio.Queue[StepResult | BaseException]") -> EngineThread:

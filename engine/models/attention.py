@@ -51,15 +51,24 @@ class GroupedQueryAttention:
 
 
 class _JointNorm:
-    """The RMS norm of all heads (T, heads, D) of a token together."""
+    """The RMS norm of all heads (T, heads, D) of a token together, whichever rank has them.
 
-    def __init__(self, norm: QueryKeyNorm, weight: Tensor, ops: Ops) -> None:
+    Where ranks share a key-value head, all are shared by equally many, which leaves the mean of their squares as it is.
+    """
+
+    def __init__(self, norm: QueryKeyNorm, weight: Tensor, weights: Weights) -> None:
         self._eps = norm.eps
-        self._weight = weight
-        self._ops = ops
+        self._ops: Ops = weights.ops
+        self._ranks = weights.ranks
+        self._size = len(weight)  # of what is here
+        self._weight = self._all(weight[None])[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._ops.rms_norm(x.flatten(1), self._weight, self._eps).view(x.shape)
+        normed = self._ops.rms_norm(self._all(x.flatten(1)), self._weight, self._eps)
+        return normed[:, self._ranks.rank * self._size :][:, : self._size].reshape(x.shape)
+
+    def _all(self, part: Tensor) -> Tensor:
+        return self._ranks.gather(part, self._ranks.size * self._size)
 
 
 def _norms(norm: QueryKeyNorm | None, weights: Weights, layer: int) -> tuple[HeadNorms | None, list[_JointNorm]]:
@@ -69,7 +78,7 @@ def _norms(norm: QueryKeyNorm | None, weights: Weights, layer: int) -> tuple[Hea
     query, key = (weights.tensor(Parameter(f"attention.{role}_norm", layer)) for role in ("query", "key"))
     if norm.per_head:
         return HeadNorms(query, key, norm.eps), []
-    return None, [_JointNorm(norm, weight, weights.ops) for weight in (query, key)]
+    return None, [_JointNorm(norm, weight, weights) for weight in (query, key)]
 
 
 def _bias(parameter: Parameter) -> Parameter:

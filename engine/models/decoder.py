@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from engine.models.attention import GroupedQueryAttention
-from engine.models.layers import StepInputs, SwiGlu, Weights
+from engine.models.layers import Embedding, StepInputs, SwiGlu, Weights
 from engine.models.mla import LatentAttention
 from engine.models.moe import MixtureOfExperts
 from engine.models.parameters import Parameter
+from engine.models.parts import part_of
 from engine.models.rotary import inverse_frequencies
 from engine.models.spec import Dense, FeedForward, GroupedQuery, Latent, LayerSpec, Mixer, Mixture, ModelSpec
 from engine.quant import Kept
@@ -73,18 +74,20 @@ def _rows(mixer: Mixer, dtype: torch.dtype) -> tuple[int, int, int]:
 
 
 class Decoder:
-    """A model ready to compute. It keeps no state between steps but its weights."""
+    """A model ready to compute, or one rank's part of it. It keeps no state between steps but its weights."""
 
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         self.spec = spec
+        self.part = part_of(spec, weights.ranks)  # what of it is computed here
         self.dtype = weights.dtype
         self.device = weights.device
         self._ops = weights.ops
-        self._embedding = weights.tensor(Parameter("embedding"))  # (V, C)
-        self._layers = [_Layer(layer, weights, index) for index, layer in enumerate(spec.layers)]
+        self._ranks = weights.ranks
+        self._embedding = Embedding(weights, self.part.vocab_size)
+        self._layers = [_Layer(layer, weights, index) for index, layer in enumerate(self.part.layers)]
         self._norm = weights.tensor(Parameter("norm"))  # (C,)
         self._head = weights.head(
-            Kept.plain(self._embedding) if spec.tied_embeddings else weights.tensors.take(Parameter("head"))
+            Kept.plain(self._embedding.matrix) if spec.tied_embeddings else weights.tensors.take(Parameter("head"))
         )
         rotary_size = spec.layers[0].mixer.rotary_size  # one table of angles serves all layers
         self._inverse_frequencies = inverse_frequencies(spec.rope, rotary_size).to(weights.device)  # (D/2,)
@@ -105,15 +108,15 @@ class Decoder:
         angles = positions[:, None].float() * self._inverse_frequencies  # (T, D/2)
         magnitude = self.spec.rope.magnitude
         step = StepInputs(angles.cos() * magnitude, angles.sin() * magnitude, batch, cache.keys, cache.values)
-        add_norm, eps = self._ops.add_rms_norm, self.spec.norm_eps
-        residual = self._embedding[token_ids]  # (T, C)
+        add_norm, eps, all_of = self._ops.add_rms_norm, self.spec.norm_eps, self._ranks.sum
+        residual = self._embedding(token_ids)  # (T, C)
         branch = torch.zeros_like(residual)  # what is to be added to the residual stream before the next norm
         for layer in self._layers:
             normed, residual = add_norm(branch, residual, layer.mixer_norm, eps)
-            normed, residual = add_norm(layer.mixer(normed, step), residual, layer.feed_forward_norm, eps)
-            branch = layer.feed_forward(normed)
+            normed, residual = add_norm(all_of(layer.mixer(normed, step)), residual, layer.feed_forward_norm, eps)
+            branch = all_of(layer.feed_forward(normed))
         normed, _ = add_norm(branch[rows], residual[rows], self._norm, eps)
-        return self._head(normed).float()
+        return self._ranks.gather(self._head(normed), self.spec.vocab_size).float()
 
 
 class _Layer:

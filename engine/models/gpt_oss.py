@@ -30,6 +30,7 @@ class GptOssConfig(DecoderConfig, kw_only=True):
             intermediate=self.intermediate_size,
             router_bias=True,
             expert_bias=True,
+            expert_output_bias=True,
             clamp=Clamp(self.swiglu_alpha, self.swiglu_limit),
         )
         return [mixture] * self.num_hidden_layers

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.errors import ModelError
 from engine.models.parameters import Parameter, Tensors
 from engine.quant import DENSE_FORMATS, FORMATS, Kept, WeightFormat, keep, stack_rows
+from engine.ranks import ALONE, Ranks
 from kernels.ops import AttentionBatch, Ops, WeightKernel
 from kernels.weights import DEQUANTIZE
 
@@ -59,6 +60,7 @@ class Weights:
     format: str  # of FORMATS, or AUTO
     dtype: torch.dtype  # of activations: fp32 or bf16
     device: torch.device
+    ranks: Ranks = ALONE  # whose part of the model the tensors are
 
     def tensor(self, parameter: Parameter) -> Tensor:
         """The parameter in the activations' dtype."""
@@ -73,7 +75,7 @@ class Weights:
         try:
             matrices = [self._keep(self.tensors.take(parameter), self.format) for parameter in fused]
         except ValueError as error:
-            raise ModelError(f"{' + '.join(map(str, fused))}: {error}") from error
+            raise ModelError(f"{' + '.join(map(str, fused))}: {error}{self.ranks.note}") from error
         matrix = stack_rows(matrices, self._dense)
         return self._project(matrix if order is None else matrix.rows(order), bias)
 
@@ -107,6 +109,28 @@ class Weights:
             return kernel
         dense, unpack, pack = self.ops.weights[self._dense.layout], DEQUANTIZE[layout], self._dense.quantize
         return WeightKernel(lambda parts: dense.prepare(pack(unpack(parts))), dense.linear, dense.stack)
+
+
+class Embedding:
+    """A vector (C,) for each token of the vocabulary, of which each rank has some."""
+
+    def __init__(self, weights: Weights, num_tokens: int) -> None:
+        """`num_tokens`: how many each rank has, but for the last."""
+        self._ranks = weights.ranks
+        self._first = self._ranks.rank * num_tokens
+        matrix = weights.tensor(Parameter("embedding"))
+        nothing = matrix.new_zeros(1, matrix.shape[1])
+        self._rows = torch.cat([nothing, matrix, nothing])  # what is another rank's adds nothing to the sum
+
+    @property
+    def matrix(self) -> Tensor:
+        """What is here of (V, C)."""
+        return self._rows[1:-1]
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """For token_ids (T,): (T, C)."""
+        rows = (token_ids - (self._first - 1)).clamp_(0, len(self._rows) - 1)
+        return self._ranks.sum(self._rows[rows])
 
 
 class SwiGlu:

@@ -29,12 +29,12 @@ class MixtureOfExperts:
         self._router = weights.dense_projection(weights.tensor(Parameter("router", layer)), bias)
         self._shared = _Shared(spec, weights, layer) if spec.shared_intermediate else None
         gate_up, down = [], []
-        for expert in range(spec.num_experts):
+        for expert in spec.experts:
             fused = (Parameter(f"expert.{role}", layer, expert) for role in ("gate", "up"))
             gate_up.append(weights.projection(*fused))
             down.append(weights.projection(Parameter("expert.down", layer, expert)))
-        self._gate_up_bias = _biases(weights, layer, spec, "gate", "up")
-        self._down_bias = _biases(weights, layer, spec, "down")
+        self._gate_up_bias = _biases(weights, layer, spec, "gate", "up") if spec.expert_bias else None  # (E, 2 I)
+        self._down_bias = _biases(weights, layer, spec, "down") if spec.expert_output_bias else None  # (E, C)
         self._activation = _activation(spec.clamp, weights.ops)
         kernel = down[0].kernel
         if len(layouts := {projection.layout for projection in gate_up + down}) > 1:
@@ -64,6 +64,8 @@ class MixtureOfExperts:
             spec.num_groups,
             spec.groups_chosen,
         )
+        if spec.held is not None:
+            weights, chosen = _of_held(spec.held, weights, chosen)
         routed = self._ops.experts(
             x,
             weights,
@@ -78,13 +80,17 @@ class MixtureOfExperts:
         return routed if self._shared is None else routed + self._shared(x)
 
 
-def _biases(weights: Weights, layer: int, spec: Mixture, *fused: str) -> Tensor | None:
-    """Each expert's biases of the matrices side by side, (E, out), where the experts have any."""
-    if not spec.expert_bias:
-        return None
-    experts = range(spec.num_experts)
-    rows = [[weights.tensor(Parameter(f"expert.{role}_bias", layer, expert)) for role in fused] for expert in experts]
-    return torch.stack([torch.cat(row) for row in rows])
+def _of_held(held: range, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts chosen (T, K) by their places among those held, as `Ops.experts` wants those that are not."""
+    places = chosen - held.start
+    is_held = (places >= 0) & (places < len(held))
+    return weights.where(is_held, 0), places.where(is_held, len(held))
+
+
+def _biases(weights: Weights, layer: int, spec: Mixture, *fused: str) -> Tensor:
+    """Each expert's biases of the matrices side by side, (E, out)."""
+    names = [[Parameter(f"expert.{role}_bias", layer, expert) for role in fused] for expert in spec.experts]
+    return torch.stack([torch.cat([weights.tensor(name) for name in row]) for row in names])
 
 
 def _activation(clamp: Clamp | None, ops: Ops) -> Callable[[Tensor], Tensor]:

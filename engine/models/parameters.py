@@ -106,11 +106,12 @@ def _feed_forward(feed_forward: FeedForward, hidden: int, layer: int) -> Shapes:
         shapes |= _swiglu("shared", hidden, feed_forward.shared_intermediate, layer)
     if feed_forward.shared_gate:
         shapes[Parameter("shared_gate", layer)] = (1, hidden)
-    for expert in range(feed_forward.num_experts):
-        experts = _swiglu("expert", hidden, feed_forward.intermediate, layer, expert)
-        if feed_forward.expert_bias:
-            experts |= {p._replace(role=f"{p.role}_bias"): (out,) for p, (out, _) in experts.items()}
-        shapes |= experts
+    for expert in feed_forward.experts:
+        matrices = _swiglu("expert", hidden, feed_forward.intermediate, layer, expert)
+        *inner, output = ((p._replace(role=f"{p.role}_bias"), (out,)) for p, (out, _) in matrices.items())
+        shapes |= matrices
+        shapes |= dict(inner) if feed_forward.expert_bias else {}
+        shapes |= dict([output]) if feed_forward.expert_output_bias else {}
     return shapes
 
 

@@ -142,8 +142,15 @@ class Mixture:
     num_groups: int = 1
     groups_chosen: int = 1
     router_bias: bool = False
-    expert_bias: bool = False  # on gate, up and down
+    expert_bias: bool = False  # on gate and up
+    expert_output_bias: bool = False  # on down
     clamp: Clamp | None = None
+    held: range | None = None  # the experts that are here; None: all. The others' part of the sum is another rank's
+
+    @property
+    def experts(self) -> range:
+        """The numbers of the experts that are here."""
+        return range(self.num_experts) if self.held is None else self.held
 
 
 Mixer = GroupedQuery | Latent

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.quant.format import WeightFormat
-from kernels.weights import DEQUANTIZE
+from kernels.weights import DEQUANTIZE, cut_inputs
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class Kept:
     def rows(self, order: Tensor) -> "Kept":
         """Its rows in another order, or some of them."""
         return Kept(self.layout, {name: part[order] for name, part in self.parts.items()})
+
+    def cut(self, wanted: Sequence[range]) -> "Kept":
+        """What is wanted of each dimension, in memory of its own. Raises ValueError where that would cut a group."""
+        rows, *columns = wanted
+        parts: Mapping[str, Tensor] = {name: part[rows.start : rows.stop] for name, part in self.parts.items()}
+        for inputs in columns:
+            parts = cut_inputs(self.layout, parts, inputs)
+        return Kept(self.layout, {name: part.clone() for name, part in parts.items()})
 
     def to(self, device: torch.device) -> "Kept":
         """The same on the device."""

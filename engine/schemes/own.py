@@ -53,7 +53,7 @@ class Own:
         layout = next((one for one in possible if f"{name}.{one}.{_FIRST.get(one, 'weight')}" in entries), "plain")
         tensors = {stored.name: stored for stored in _parts(layout, wanted.shape, f"{name}.{layout}", entries)}
         by_part = {stored.rpartition(".")[2]: tensor for stored, tensor in tensors.items()}
-        return Source(by_part, lambda parts: Kept(layout, parts))
+        return Source(by_part, lambda parts: Kept(layout, parts), is_as_kept=layout not in _FIRST)
 
 
 _MULTIPLES = {"int4": INT4_GROUP, "mxfp4": MXFP4_GROUP}  # of inputs, that a layout needs

@@ -71,6 +71,7 @@ class Source:
     unpack: Callable[[Mapping[str, Tensor]], Kept]
     expert: int | None = None  # the one whose share of each tensor, along the first dimension, is read; None: all
     share: int = 1  # the parameter is one of so many in what is read
+    is_as_kept: bool = False  # of any part of the tensor `unpack` makes that part of the parameter: no more is read
 
 
 class Scheme(Protocol):
@@ -102,7 +103,8 @@ class Plain:
         """The tensor of its name, or its share of one."""
         packed = wanted.packed
         if packed is None:
-            return Source({"weight": Stored(wanted.name, wanted.shape, FLOATS)}, lambda parts: Kept("plain", parts))
+            tensors = {"weight": Stored(wanted.name, wanted.shape, FLOATS)}
+            return Source(tensors, lambda parts: Kept("plain", parts), is_as_kept=True)
         return Source(
             {"weight": Stored(wanted.name, packed.shape(wanted.shape, wanted.num_experts), FLOATS)},
             lambda parts: Kept.plain(packed.part(parts["weight"])),

@@ -34,7 +34,9 @@ def experts(
         return _experts_of_one(x, chosen_weights, chosen, gate_up, down, linear, activation)
     expert, order = chosen.flatten().sort(stable=True)  # (T * K,) both: pairs of a token and an expert, by expert
     tokens = order // chosen.shape[1]
-    num_tokens = torch.bincount(expert, minlength=len(gate_up)).tolist()
+    *num_tokens, num_others = torch.bincount(expert, minlength=len(gate_up) + 1).tolist()
+    ours = slice(len(order) - num_others)
+    tokens, order = tokens[ours], order[ours]
     outputs = [
         linear(activation(linear(rows, expert_gate_up)), expert_down)
         for rows, expert_gate_up, expert_down in zip(torch.split(x[tokens], num_tokens), gate_up, down, strict=True)
@@ -58,6 +60,7 @@ def _experts_of_one(
     """The one token of a lone decode goes to every chosen expert: nothing to sort, gather or scatter."""
     total = torch.zeros(x.shape, dtype=torch.float32)
     for expert, weight in sorted(zip(chosen[0].tolist(), chosen_weights[0].tolist(), strict=True)):
-        output = linear(activation(linear(x, gate_up[expert])), down[expert])
-        total.add_(output.float(), alpha=weight)
+        if expert < len(gate_up):
+            output = linear(activation(linear(x, gate_up[expert])), down[expert])
+            total.add_(output.float(), alpha=weight)
     return total.to(x.dtype)

@@ -26,7 +26,7 @@ class Aligned:
 
 
 def align(chosen: Tensor, num_experts: int, tokens: int) -> Aligned:
-    """The pairs of chosen (T, K) int64 in tiles of `tokens`."""
+    """The pairs of chosen (T, K) int64 in tiles of `tokens`, but for those of `num_experts`, which is no expert."""
     num_pairs = chosen.numel()
     # Each expert that is chosen leaves one tile unfilled at most.
     num_blocks = min(num_pairs, min(num_pairs, num_experts) + num_pairs // tokens)
@@ -88,14 +88,15 @@ def _align(
 def _align_many(chosen: Tensor, num_experts: int, tokens: int, num_blocks: int) -> Aligned:
     """By torch's sort, and without asking the device for a number."""
     expert, pair = chosen.sort(stable=True)
-    count = torch.zeros(num_experts, dtype=torch.int64, device=chosen.device).index_add_(
-        0, chosen, torch.ones_like(chosen)
-    )
+    every = torch.zeros(num_experts + 1, dtype=torch.int64, device=chosen.device)
+    count = every.index_add_(0, chosen, torch.ones_like(chosen))[:num_experts]
     padded = (count + tokens - 1) // tokens * tokens
     end = padded.cumsum(0)
     shift = (end - padded) - (count.cumsum(0) - count)
-    pairs = torch.full((num_blocks * tokens,), len(chosen), dtype=torch.int32, device=chosen.device)
-    pairs[torch.arange(len(chosen), device=chosen.device) + shift[expert]] = pair.int()
+    target = torch.arange(len(chosen), device=chosen.device) + shift[expert.clamp(max=num_experts - 1)]
+    size = num_blocks * tokens
+    pairs = torch.full((size + 1,), len(chosen), dtype=torch.int32, device=chosen.device)
+    pairs[target.where(expert < num_experts, size)] = pair.int()  # behind the last place, what has none
     starts = torch.arange(num_blocks, device=chosen.device) * tokens
     block_experts = torch.searchsorted(end, starts, right=True).int()
-    return Aligned(pairs, block_experts, end[-1:].int(), num_blocks)
+    return Aligned(pairs[:size], block_experts, end[-1:].int(), num_blocks)

@@ -49,8 +49,11 @@ def _sum(
     total = tl.zeros((BLOCK,), tl.float32)
     for choice in tl.static_range(CHOSEN):
         pair = token * CHOSEN + choice
-        weight = tl.load(chosen_weights + pair) if HAS_WEIGHTS else 1.0
+        weight, counts = tl.full((BLOCK,), 1.0, tl.float32), inside
+        if HAS_WEIGHTS:
+            weight *= tl.load(chosen_weights + pair)
+            counts &= weight != 0.0  # what counts nothing may not have been computed
         for split in tl.static_range(SPLITS):
-            part = tl.load(product + (split * num_pairs + pair) * num_out + column, mask=inside, other=0.0)
+            part = tl.load(product + (split * num_pairs + pair) * num_out + column, mask=counts, other=0.0)
             total += weight * part.to(tl.float32)
     tl.store(output + token * num_out + column, total.to(output.dtype.element_ty), mask=inside)

@@ -98,6 +98,7 @@ def _launch(
         x if output.scales is None else output.scales,
         *arguments,
         num_pairs,
+        len(matrices),
         num_out,
         matrices.num_in,
         x.stride(0),
@@ -139,6 +140,7 @@ def _product(
     block_experts,
     num_padded,
     num_pairs,
+    num_experts,
     num_out,
     num_in,
     x_stride,
@@ -181,6 +183,8 @@ def _product(
         pair = tl.load(pairs + block * TOKENS + place)
     elif PLACES == "unsorted":
         expert = tl.load(block_experts + block).to(tl.int64)
+        if expert == num_experts:  # it is none of these
+            return
         pair = tl.where(place == 0, block, num_pairs)
     else:
         expert = tl.zeros((), tl.int64)

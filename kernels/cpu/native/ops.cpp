@@ -122,25 +122,27 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t format, int64_t out
 
 // ------------------------------------------------------------------------------------------------------------- experts
 
-// The pairs of a token and one of its experts, by expert and then by token.
+// The pairs of a token and one of its experts, by expert and then by token. Expert E is none of ours and has none.
 struct Pairs {
-  std::vector<int64_t> starts, tokens, active;  // (E + 1), (T K), the experts that have any
-  std::vector<float> weights;                   // (T K)
-  Pairs(const Tensor& chosen, const Tensor& chosen_weights, int64_t num_experts)
-      : starts(num_experts + 1), tokens(chosen.numel()), weights(chosen.numel()) {
+  std::vector<int64_t> starts, tokens, active;  // (E + 1), one of each pair, the experts that have any
+  std::vector<float> weights;                   // one of each pair
+  Pairs(const Tensor& chosen, const Tensor& chosen_weights, int64_t num_experts) : starts(num_experts + 1) {
     const int64_t* expert = chosen.const_data_ptr<int64_t>();
     const float* weight = chosen_weights.const_data_ptr<float>();
     const int64_t num_pairs = chosen.numel();
     for (int64_t i = 0; i < num_pairs; i++) {
-      TORCH_CHECK_INDEX(expert[i] >= 0 && expert[i] < num_experts, "there is no expert ", expert[i]);
-      starts[expert[i] + 1]++;
+      TORCH_CHECK_INDEX(expert[i] >= 0 && expert[i] <= num_experts, "there is no expert ", expert[i]);
+      if (expert[i] < num_experts) starts[expert[i] + 1]++;
     }
     for (int64_t e = 0; e < num_experts; e++) {
       if (starts[e + 1]) active.push_back(e);
       starts[e + 1] += starts[e];
     }
+    tokens.resize(starts[num_experts]);
+    weights.resize(starts[num_experts]);
     std::vector<int64_t> next(starts);
     for (int64_t i = 0; i < num_pairs; i++) {
+      if (expert[i] == num_experts) continue;
       const int64_t place = next[expert[i]]++;
       tokens[place] = i / chosen.size(1);
       weights[place] = weight[i];
