@@ -12,7 +12,8 @@ from engine.quant import FORMATS
 from kernels import reference
 from kernels.ops import Linear, Ops
 from kernels.triton import OPS, alignment, products, tiles, weights
-from kernels.triton.quantize import quantize
+from kernels.triton.multiply import multiply
+from kernels.triton.quantize import quantize, rows_for
 from kernels.triton.weights import Matrices
 from kernels.triton.widen import widen
 from kernels.weights import dequantize_int4
@@ -199,6 +200,18 @@ def test_experts_that_nobody_chose_are_not_read() -> None:
     x, chosen = torch.randn(20, 64).bfloat16(), torch.full((20, 1), 2)
     output = products.experts(x, torch.ones(20, 1), chosen, gate_up, down, products.linear, OPS.swiglu)
     assert output.isfinite().all()
+
+
+def test_a_choice_of_none_of_these_experts_is_not_computed() -> None:
+    """One token, so unsorted. What would be read lies behind the last expert, and is there."""
+    values = torch.randn(9, 64, 64).bfloat16()[:8]
+    gate_up = Matrices("bf16", values, values, 64, 64)
+    tile = tiles.product_tile("bf16", gate_up.depth, 2, 8, 64, 64)
+    rows = rows_for("bf16", torch.randn(1, 64).bfloat16())
+    with guarded():
+        product = multiply(rows, gate_up, tile, 2, torch.tensor([[3, 8]]), None, 2)
+    assert product[:, 0].float().isfinite().all()
+    assert product[:, 1].float().isnan().all()
 
 
 def test_experts_beyond_32_bits() -> None:
