@@ -23,11 +23,11 @@ from engine.quant import DENSE_FORMATS, FORMATS
 # Bits of a weight as a device's backend keeps it, by layout, its scales apart. Others are unpacked.
 LOADED_BITS: Mapping[str, Mapping[str, int]] = {
     "cpu": {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4},
-    "cuda": {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8},
+    "cuda": {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4},
 }
 # The groups of int4 that have a scale and a zero of their own, the largest that divides the weight's.
 INT4_GROUPS = {"cpu": (64, 32), "cuda": (128, 64, 32)}
-SCALE_BITS = {"int4": 32, "fp8": 32}  # of a group
+SCALE_BITS = {"int4": 32, "fp8": 32, "mxfp4": 32}  # of a group
 
 # What a parameter is a part of, by the beginning or the end of its role. The first that fits.
 KINDS = {

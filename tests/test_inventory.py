@@ -98,7 +98,8 @@ def test_all_backends_have_kernels_for_the_layouts_that_are_not_unpacked() -> No
 def test_what_has_no_kernel_is_told_as_it_is_unpacked(tmp_path: Path) -> None:
     folder, _ = published_mxfp4(tmp_path)
     on_cpu, on_gpu = inventory(folder), inventory(folder, device="cuda")
-    assert on_cpu.loaded_bytes == 2 * on_gpu.loaded_bytes == 4 * sum(kind.parameters for kind in on_cpu.kinds)
+    assert on_cpu.loaded_bytes == 4 * sum(kind.parameters for kind in on_cpu.kinds)
+    assert on_gpu.loaded_bytes < on_cpu.loaded_bytes / 2
     assert 8 * on_cpu.kinds[-2].bytes / on_cpu.kinds[-2].parameters == pytest.approx(4.25, abs=0.6)  # with biases
 
 

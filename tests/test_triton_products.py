@@ -16,14 +16,14 @@ from kernels.triton.multiply import multiply
 from kernels.triton.quantize import quantize, rows_for
 from kernels.triton.weights import Matrices
 from kernels.triton.widen import widen
-from kernels.weights import dequantize_int4
+from kernels.weights import DEQUANTIZE, pack_nibbles
 from tests import triton_interpreter
 from tests.triton_machine_code import bf16, run_machine_code
 from tests.triton_memory import far_rows, guarded
 
 # bf16: int4 weights, the gated product and each result are rounded, 2^-9 each; their errors are independent.
 TOLERANCE = 2**-7
-QUANTIZED = ["bf16", "int8", "int4", "fp8", "fp8-blocks"]
+QUANTIZED = ["bf16", "int8", "int4", "mxfp4", "fp8", "fp8-blocks"]
 
 # Rounding activations to e4m3 moves them by 2.6 % in the mean square, and so each product; experts have three.
 FP8_TOLERANCE = 0.03
@@ -47,11 +47,12 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE)
 # --------------------------------------------------------------------------------------------------------------- layout
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-g64", "int4-g128"])
+@pytest.mark.parametrize("name", ["int4", "int4-g64", "int4-g128", "mxfp4"])
 @pytest.mark.parametrize(("num_out", "num_in"), [(64, 128), (33, 256), (70, 64), (5, 96)])  # depths 128, 128, 64, 32
-def test_int4_in_another_order_is_the_same_weight(num_out: int, num_in: int, name: str) -> None:
+def test_four_bits_in_another_order_are_the_same_weight(num_out: int, num_in: int, name: str) -> None:
     parts = FORMATS[name].quantize(torch.randn(num_out, num_in))
-    assert torch.equal(widen(weights.prepare_int4(parts)), dequantize_int4(parts).bfloat16())
+    prepared = OPS.weights[FORMATS[name].layout].prepare(parts)
+    assert torch.equal(widen(prepared), DEQUANTIZE[FORMATS[name].layout](parts).bfloat16())
 
 
 def test_the_machine_code_makes_the_weights_that_the_interpreters_twin_makes() -> None:
@@ -67,6 +68,19 @@ def test_the_machine_code_makes_the_weights_that_the_interpreters_twin_makes() -
         level = ((word >> (4 * nibble)) & 15) - 8
         expected = (level.float() * bf16(scale).float() + bf16(zero).float()).bfloat16()
         assert torch.equal(bf16(made[f"${place}"]), expected)
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 100, 127, 128, 200, 252])
+def test_the_machine_code_makes_mxfp4s_weights(exponent: int) -> None:
+    """All codes in all eight places, with scales from the least to where 6 times them is still finite."""
+    codes = torch.stack([(torch.arange(16) * 7 + place * 5) % 16 for place in range(8)])
+    word = torch.stack([code << (4 * place) for place, code in enumerate(codes)]).sum(0)
+    parts = {"q": pack_nibbles(codes.T.repeat(1, 4)), "scale": torch.full((16, 1), exponent, dtype=torch.uint8)}
+    scale = weights.prepare_mxfp4(parts).scales.flatten().long()
+    made = run_machine_code(weights._MXFP4_ASM.value, {"$8": word, "$9": scale})
+    expected = DEQUANTIZE["mxfp4"](parts).bfloat16()
+    for place in range(8):
+        assert torch.equal(bf16(made[f"${place}"]), expected[:, place // 2 + 4 * (place % 2)])
 
 
 # ------------------------------------------------------------------------------------------------------------ alignment

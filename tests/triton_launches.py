@@ -106,7 +106,7 @@ def matrices(format: str, num: int, num_out: int, num_in: int) -> Matrices:
             scales = values
         case "int8":
             values, scales = tensor(num, num_out, num_in, dtype=torch.int8), tensor(num, num_out, dtype=torch.float32)
-        case "int4" | "int4-g128":
+        case "int4" | "int4-g128" | "mxfp4":
             depth = next(depth for depth in INT4_DEPTHS if num_in % depth == 0)
             values = tensor(num, num_in // depth, num_out, depth // 8, dtype=torch.int32)
             groups = depth // (128 if format == "int4-g128" else 32)
@@ -157,7 +157,6 @@ LAUNCHES: Mapping[str, Callable[[], object]] = {
     "drafts, DeepSeek-V2-Lite": partial(attend, V2_LITE, 4),
     "decode, Qwen3-30B-A3B, fp8": partial(attend, QWEN3, 1, dtype=torch.float8_e4m3fn),
     "decode, Qwen3-30B-A3B, int8": partial(attend, QWEN3, 1, dtype=torch.int8),
-    "decode, GPT-OSS, fp8": partial(attend, GPT_OSS, 1, window=128, has_sinks=True, dtype=torch.float8_e4m3fn),
     "decode, DeepSeek-V2-Lite, fp8": partial(attend, V2_LITE, 1, dtype=torch.float8_e4m3fn),
     "drafts, Qwen3-30B-A3B, fp8": partial(attend, QWEN3, 4, dtype=torch.float8_e4m3fn),
     "many drafts, Qwen3-30B-A3B, fp8": partial(attend, QWEN3, 8, dtype=torch.float8_e4m3fn),
@@ -168,7 +167,6 @@ LAUNCHES: Mapping[str, Callable[[], object]] = {
     "prompt, GPT-OSS": partial(attend, GPT_OSS, 512, has_sinks=True),
     "int4 experts of 1 token, Qwen3-30B-A3B": partial(mix, QWEN3_EXPERTS, "int4", 1),
     "int4 experts of 1 token in groups of 128, Qwen3-30B-A3B": partial(mix, QWEN3_EXPERTS, "int4-g128", 1),
-    "int4 experts of 64 tokens in groups of 128, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int4-g128", 64),
     "int4 experts of 32 tokens, Qwen3-30B-A3B": partial(mix, QWEN3_EXPERTS, "int4", 32),
     "int4 experts of 64 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int4", 64),
     "int4 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "int4", 512),
@@ -177,8 +175,8 @@ LAUNCHES: Mapping[str, Callable[[], object]] = {
     "bf16 experts of 8 tokens, DeepSeek-V2-Lite": partial(mix, V2_LITE_EXPERTS, "bf16", 8),
     "bf16 experts of 512 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "bf16", 512),
     "bf16 experts of 8 tokens, GPT-OSS": partial(mix, GPT_OSS_EXPERTS, "bf16", 8, is_clamped=True),
+    "mxfp4 experts of 8 tokens, GPT-OSS": partial(mix, GPT_OSS_EXPERTS, "mxfp4", 8, is_clamped=True),
     "fp8 experts of 1 token, Qwen3-30B-A3B": partial(mix, QWEN3_EXPERTS, "fp8-blocks", 1),
-    "fp8 experts of 64 tokens, Mixtral": partial(mix, MIXTRAL_EXPERTS, "fp8", 64),
     "fp8 experts of 64 tokens in blocks, Mixtral": partial(mix, MIXTRAL_EXPERTS, "fp8-blocks", 64),
     "fp8 experts of 1024 tokens in blocks, Mixtral": partial(mix, MIXTRAL_EXPERTS, "fp8-blocks", 1024),
     "route, Qwen3-30B-A3B": partial(route.route, tensor(8, 128), 8, "softmax", True),

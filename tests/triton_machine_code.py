@@ -41,6 +41,8 @@ def chosen_bytes(a: Tensor, b: Tensor, places: Tensor) -> Tensor:
 
 
 INSTRUCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    "shl.b32": lambda x, places: (x << places) & 0xFFFFFFFF,
+    "and.b32": torch.bitwise_and,
     "shr.u32": lambda x, places: x >> places,
     "lop3.b32": lambda a, b, c, table: torch.where(table == 0xEA, (a & b) | c, -1),  # the table of that function
     "sub.rn.bf16x2": halves(torch.sub),
@@ -48,6 +50,7 @@ INSTRUCTIONS: Mapping[str, Callable[..., Tensor]] = {
     "xor.b32": torch.bitwise_xor,
     "prmt.b32": chosen_bytes,
     "cvt.rn.f16x2.e4m3x2": lambda x: e4m3(x) | (e4m3(x >> 8) << 16),
+    "mul.rn.bf16x2": halves(torch.mul),
     "fma.rn.bf16x2": halves(lambda a, b, c: a * b + c),  # the product of two bf16 is exact in fp32
 }
 

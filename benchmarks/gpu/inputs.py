@@ -16,7 +16,7 @@ from kernels.triton.weights import INT4_DEPTHS, Matrices
 from kernels.weights import FP8_GROUP, INT4_GROUP
 
 # Of a weight, with its scales.
-BITS = {"bf16": 16.0, "int8": 8.0, "int4": 5.0, "int4-g128": 4.25, "fp8": 8.0, "fp8-blocks": 8.25}
+BITS = {"bf16": 16.0, "int8": 8.0, "int4": 5.0, "int4-g128": 4.25, "mxfp4": 5.0, "fp8": 8.0, "fp8-blocks": 8.25}
 E4M3_SPREAD = 100.0  # of random numbers: few of them are beyond 448
 
 
@@ -56,6 +56,8 @@ def random_matrices(kind: str, num: int, num_out: int, num_in: int) -> Matrices:
             shape = (num, num_in // depth, num_out, depth // 8)
             values = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=DEVICE)
             pair = torch.tensor([scale / 4, scale / 8], device=DEVICE).bfloat16().view(torch.int32)
+            if kind == "mxfp4":  # a power of two; codes reach 6
+                pair = torch.full((1,), 127 + round(math.log2(scale / 2)) << 7, dtype=torch.int32, device=DEVICE)
             groups = depth // (depth if kind == "int4-g128" else INT4_GROUP)
             scales = pair.repeat(num * shape[1] * num_out * groups).view(*shape[:3], groups)
     return Matrices(layout_of(kind), values, scales, num_out, num_in)

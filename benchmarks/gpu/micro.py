@@ -39,6 +39,7 @@ MIXTURES = [
     Mixture("Qwen3-30B-A3B", 2048, 768, 128, 8),
     Mixture("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
 ]
+GPT_OSS_EXPERTS = Mixture("GPT-OSS-20B", 2880, 2880, 32, 4)  # published in mxfp4
 TINY = Mixture("tiny", 128, 64, 8, 2)
 NUM_TOKENS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096)
 
@@ -69,8 +70,8 @@ def run(report: Report, end: float) -> None:
 
 def cases() -> Iterator[Case]:
     """Those that a bar is set for come first."""
-    for kind in ("int4-g128", "fp8-blocks", "bf16", "int4", "fp8", "int8"):
-        for mixture in [TINY] if DRY else MIXTURES:
+    for kind in ("int4-g128", "fp8-blocks", "bf16", "int4", "fp8", "int8", "mxfp4"):
+        for mixture in [TINY] if DRY else [GPT_OSS_EXPERTS] if kind == "mxfp4" else MIXTURES:
             yield from mixture_cases(mixture, kind)
     yield from attention_cases()
     yield from matrix_cases()

@@ -28,6 +28,7 @@ OPS = dataclasses.replace(
         "bf16": WeightKernel(weights.prepare_bf16, products.linear_bf16, weights.stack),
         "int8": WeightKernel(weights.prepare_int8, products.linear, weights.stack),
         "int4": WeightKernel(weights.prepare_int4, products.linear, weights.stack),
+        "mxfp4": WeightKernel(weights.prepare_mxfp4, products.linear, weights.stack),
         "fp8": WeightKernel(weights.prepare_fp8, products.linear, weights.stack),
     },
 )

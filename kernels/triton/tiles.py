@@ -82,6 +82,7 @@ _PRODUCT = {
     "bf16": {8: (16, 64, 4, 4), 32: (32, 64, 4, 4), 64: (64, 128, 8, 3), 0: (128, 128, 8, 3)},
     "int8": {8: (16, 64, 4, 4), 32: (32, 64, 4, 4), 64: (64, 128, 8, 3), 0: (128, 128, 8, 3)},
     "int4": {8: (16, 64, 4, 4), 32: (32, 64, 4, 3), 0: (64, 64, 4, 3)},
+    "mxfp4": {8: (16, 64, 4, 4), 32: (32, 64, 4, 3), 0: (64, 64, 4, 3)},
     # 128 outputs: a group of the next product's inputs, so that a tile can round it. 128 tokens would spill: a group's
     # products have registers of their own before they are scaled.
     "fp8": {8: (16, 128, 4, 3), 32: (32, 128, 4, 3), 0: (64, 128, 8, 3)},
