@@ -6,34 +6,37 @@ Owns what the settings leave open: device, number format and the cache's size fo
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from engine.blocks import BlockCache
-from engine.config import DRAFTS_MAX, EngineConfig, num_blocks_within
+from engine.config import DRAFTS_MAX, SHARE_ON_GPU, SHARE_ON_HOST, EngineConfig, num_blocks_within
 from engine.core import Core
 from engine.drafters import forward_into, load_draft_model, make_drafter
 from engine.drafting import Drafting
 from engine.errors import EngineMisconfigured
 from engine.followers import Followers
+from engine.graphs import Capture, Forward, Graphs, cuda_capture, sizes_of
 from engine.loader import Progress, load
+from engine.memory import GRAPH_BYTES, CudaProbe, Demand, Probe, largest_batch
 from engine.metering import Meter
 from engine.models.decoder import Decoder, KVCache
 from engine.models.layers import AUTO
 from engine.models.spec import ModelSpec
-from engine.ranks import Ranks
+from engine.ranks import ALONE, Ranks
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.types import Capacity
 from kernels.backends import pick
 from kernels.cache import CACHE_DTYPES
-from kernels.ops import Ops
+from kernels.ops import Ops, SamplingRow
 
 
 @dataclass(frozen=True)
 class Model:
-    """What every rank has: its part of the model, and of the cache of `num_blocks` blocks. A model that drafts has its
-    own.
+    """What every rank has: its part of the model, and of a cache with a block more than the `num_blocks` that sequences
+    may hold. A model that drafts has its own.
     """
 
     decoder: Decoder
@@ -42,6 +45,36 @@ class Model:
     draft_cache: KVCache | None
     num_blocks: int
     ops: Ops
+
+    @classmethod
+    def of(
+        cls,
+        config: EngineConfig,
+        decoder: Decoder,
+        ops: Ops,
+        *,
+        draft_model: Decoder | None = None,
+        ranks: Ranks = ALONE,
+        probe: Probe | None = None,
+    ) -> Self:
+        """With a cache as large as the settings say, or the memory allows. Raises EngineMisconfigured."""
+        device, kept = decoder.device, cache_dtype(config.cache, decoder.dtype)
+        models = [decoder, draft_model] if draft_model else [decoder]
+        block_bytes = sum(bytes_per_block(model.part, config.block_size, kept) for model in models)
+        if probe is None and device.type == "cuda":
+            probe = CudaProbe(device)
+        if probe:
+            num = _measured_blocks(config, decoder, ops, block_bytes, probe)
+        else:
+            num = _num_blocks(config, decoder, block_bytes, ranks)
+        num = ranks.least(num)
+        cache, *rest = (KVCache.allocate(model.part, num + 1, config.block_size, kept, device) for model in models)
+        return cls(decoder, cache, draft_model, rest[0] if rest else None, num, ops)
+
+    @property
+    def forward(self) -> Forward:
+        """A batch's logits (R, V) fp32; the cache holds its keys and values."""
+        return forward_into(self.decoder, self.cache)
 
 
 def build(config: EngineConfig, model_path: Path, progress: Progress | None = None) -> Core:
@@ -55,19 +88,7 @@ def build(config: EngineConfig, model_path: Path, progress: Progress | None = No
     try:
         with followers.blaming():
             model = open_model(config, model_path, followers.ranks, progress)
-        blocks = BlockCache(model.num_blocks, config.block_size)
-        capacity = _capacity(config, model.decoder, blocks)
-        drafter = make_drafter(config, model.decoder, model.cache, model.draft_model, model.draft_cache, model.ops)
-        forward = followers.leading(forward_into(model.decoder, model.cache))
-        return Core(
-            Scheduler(config, blocks, capacity.context_max),
-            Drafting(drafter, blocks, _drafts_max(config, device), config.draft_cost),
-            Runner(forward, model.ops, config.block_size, device),
-            Meter(),
-            capacity,
-            followers,
-            overlap=_overlaps(config, device),
-        )
+        return engine_of(config, model, followers)
     except BaseException:
         followers.end()
         raise
@@ -80,13 +101,42 @@ def open_model(config: EngineConfig, model_path: Path, ranks: Ranks, progress: P
     ops = pick(device)
     ops.use_threads(config.threads or _threads(ranks))
     decoder = load(model_path, ops, weights=config.weights, dtype=dtype, device=device, ranks=ranks, progress=progress)
-    draft_model = load_draft_model(config, decoder, ops)
-    kept = cache_dtype(config.cache, dtype)
-    models = [decoder, draft_model] if draft_model else [decoder]
-    block_bytes = sum(bytes_per_block(model.part, config.block_size, kept) for model in models)
-    num_blocks = ranks.least(_num_blocks(config, decoder, block_bytes, ranks))
-    caches = [KVCache.allocate(model.part, num_blocks, config.block_size, kept, device) for model in models]
-    return Model(decoder, caches[0], draft_model, caches[1] if draft_model else None, num_blocks, ops)
+    return Model.of(config, decoder, ops, draft_model=load_draft_model(config, decoder, ops), ranks=ranks)
+
+
+def engine_of(
+    config: EngineConfig, model: Model, followers: Followers | None = None, capture: Capture | None = None
+) -> Core:
+    """An engine that is ready to step. Raises EngineMisconfigured.
+
+    `capture`: as in `engine/graphs.py`; None: as the settings and the device have it. Several ranks record nothing: each
+    would have to replay at the others' word.
+    """
+    followers = followers or Followers((), ALONE)
+    device, decoder, ops = model.decoder.device, model.decoder, model.ops
+    blocks = BlockCache(model.num_blocks, config.block_size)
+    capacity = _capacity(config, decoder, blocks)
+    drafts_max = _drafts_max(config, device)
+    drafter = make_drafter(config, decoder, model.cache, model.draft_model, model.draft_cache, ops)
+    sizes = sizes_of(config.sequences_max, 1 + drafts_max)
+    graphs = Graphs(followers.leading(model.forward), sizes, model.num_blocks, config.block_size)
+    if capture is None and device.type == "cuda" and _is_recorded(config):
+        capture = cuda_capture()
+    if capture:
+        graphs.record(capture, -(-capacity.context_max // config.block_size), device)
+    return Core(
+        Scheduler(config, blocks, capacity.context_max),
+        Drafting(drafter, blocks, drafts_max, config.draft_cost),
+        Runner(graphs, ops, config.block_size, device, graphs.padded),
+        Meter(),
+        capacity,
+        followers,
+        overlap=_overlaps(config, device),
+    )
+
+
+def _is_recorded(config: EngineConfig) -> bool:
+    return config.graphs == "auto" and config.ranks == 1
 
 
 def _threads(ranks: Ranks) -> int:
@@ -154,10 +204,45 @@ def _num_blocks(config: EngineConfig, decoder: Decoder, block_bytes: int, ranks:
         return config.cache_tokens // config.block_size
     ranks.least(0)  # all have loaded their weights, and what is free now stays so
     num_sharing = ranks.size if decoder.device.type == "cpu" else 1
-    memory_bytes = int(free_memory_bytes(decoder.device) * config.cache_memory_share) // num_sharing
-    # More than all sequences at their longest could fill is of no use.
-    useful = config.sequences_max * -(-(config.context_max or decoder.spec.context_max) // config.block_size)
-    return min(useful, num_blocks_within(memory_bytes, block_bytes))
+    memory_bytes = int(free_memory_bytes(decoder.device) * (config.cache_memory_share or SHARE_ON_HOST)) // num_sharing
+    return min(_useful_blocks(config, decoder), num_blocks_within(memory_bytes, block_bytes))
+
+
+def _useful_blocks(config: EngineConfig, decoder: Decoder) -> int:
+    """More than all sequences at their longest could fill is of no use."""
+    return config.sequences_max * -(-(config.context_max or decoder.spec.context_max) // config.block_size)
+
+
+def _measured_blocks(config: EngineConfig, decoder: Decoder, ops: Ops, block_bytes: int, probe: Probe) -> int:
+    """As many as fit beside the largest step and the graphs."""
+    step_bytes = _step_bytes(config, decoder, ops, probe)
+    graph_bytes = 0
+    if _is_recorded(config):
+        sizes = sizes_of(config.sequences_max, 1 + _drafts_max(config, decoder.device))
+        result_bytes = 4 * max(map(max, sizes.values())) * decoder.spec.vocab_size  # fp32
+        # What they share is less than the largest step takes, and not given back after a replay.
+        graph_bytes = GRAPH_BYTES * sum(map(len, sizes.values())) + step_bytes + result_bytes
+    demand = Demand(probe.total_bytes(), probe.free_bytes(), step_bytes, graph_bytes)
+    if config.cache_tokens:
+        num = config.cache_tokens // config.block_size
+        return demand.blocks(1.0, block_bytes, num_wanted=num, num_least=num)
+    num_least = -(-(config.context_max or 1) // config.block_size)
+    share = config.cache_memory_share or SHARE_ON_GPU
+    return demand.blocks(share, block_bytes, num_wanted=_useful_blocks(config, decoder), num_least=num_least)
+
+
+@torch.inference_mode()
+def _step_bytes(config: EngineConfig, decoder: Decoder, ops: Ops, probe: Probe) -> int:
+    """What the largest step takes for a moment, its sampling with it."""
+    batch, num_blocks = largest_batch(config, decoder.device)
+    kept = cache_dtype(config.cache, decoder.dtype)
+    cache = KVCache.allocate(decoder.part, num_blocks, config.block_size, kept, decoder.device)
+    rows = [SamplingRow(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.5)] * len(batch.rows)
+
+    def compute() -> None:
+        ops.sample(decoder.forward(batch.token_ids, batch.positions, batch.attention, cache, batch.rows), rows)
+
+    return probe.peak_bytes(compute)
 
 
 def _capacity(config: EngineConfig, decoder: Decoder, blocks: BlockCache) -> Capacity:

@@ -22,6 +22,9 @@ BIAS_MAX = 100.0  # OpenAI's own range for a bias, from minus this: enough to fo
 EXPERTS = ("sharded", "whole")
 INTEGER_BITS = 64  # ids and seeds are integers of the wire
 
+SHARE_ON_HOST = 0.5  # the rest is for activations and for whoever else lives here
+SHARE_ON_GPU = 0.9  # activations are measured and the device is ours alone: the rest is for what nobody foresaw
+
 Switch = Literal["auto", "on", "off"]
 
 
@@ -38,7 +41,7 @@ class EngineConfig:
 
     block_size: int = 16  # vLLM's too: prefixes are shared in whole blocks, and a sequence wastes half of one
     cache_tokens: int = 0  # 0: as `cache_memory_share` of the free memory allows
-    cache_memory_share: float = 0.5  # the rest is for activations and for whoever else lives here
+    cache_memory_share: float = 0.0  # of the free memory; 0: SHARE_ON_HOST, or SHARE_ON_GPU of what a step leaves
 
     context_max: int = 0  # prompt + output of one sequence; 0: as the model and the cache allow
     tokens_per_step_max: int = 512  # a prompt's chunk: the longest that a running sequence waits for its next token
@@ -48,6 +51,7 @@ class EngineConfig:
     draft_model: Path | None = None  # the folder of one that drafts; without either, drafts are looked up in the text
     draft_weights: str = "auto"  # as `weights`, of the draft model
     overlap: Switch = "auto"  # a step is planned while the one before runs; auto: on a GPU, without drafts
+    graphs: Literal["auto", "off"] = "auto"  # decodes are recorded once and replayed; auto: where there is CUDA
     draft_cost: float | None = None  # of one more token for every sequence, as a share of a step; None: as measured
     ageing: int = 64  # later requests that may go before one whose priority number is higher by 1
 
@@ -55,8 +59,10 @@ class EngineConfig:
         for name, low in _LOWEST.items():
             if (number := getattr(self, name)) is not None and number < low:
                 raise EngineMisconfigured(f"{name} is {getattr(self, name)}; it must be {low} or more")
-        if not 0 < self.cache_memory_share < 1:
-            raise EngineMisconfigured(f"cache_memory_share is {self.cache_memory_share}; it must be between 0 and 1")
+        if not 0 <= self.cache_memory_share < 1:
+            raise EngineMisconfigured(
+                f"cache_memory_share is {self.cache_memory_share}; it must be below 1, or 0 to have it chosen"
+            )
         if self.cache_tokens % self.block_size:
             raise EngineMisconfigured(
                 f"cache_tokens is {self.cache_tokens}, not a multiple of block_size {self.block_size}; "

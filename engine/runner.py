@@ -15,7 +15,7 @@ from engine import sampler
 from engine.batch import Batch, build_batch
 from engine.sampler import Drawn
 from engine.scheduler import Plan
-from engine.sequence import Accepted
+from engine.sequence import Accepted, Share
 from kernels.ops import Ops
 
 
@@ -34,8 +34,17 @@ class Pending:
 class Runner:
     """`forward` computes a batch: it writes each token's place in the cache, and returns logits (R, V) fp32."""
 
-    def __init__(self, forward: Callable[[Batch], Tensor], ops: Ops, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        forward: Callable[[Batch], Tensor],
+        ops: Ops,
+        block_size: int,
+        device: torch.device,
+        pad: Callable[[list[Share]], list[Share]] = list,
+    ) -> None:
+        """`pad`: what is to be computed so that the plan's shares, which come first, are."""
         self._forward = forward
+        self._pad = pad
         self._ops = ops
         self._block_size = block_size
         self._drawn = torch.empty(0, dtype=torch.int64, device=device)  # (R,) the tokens of the newest step
@@ -45,7 +54,7 @@ class Runner:
         """All of the plan is on its way: a step behind it may be launched before this one is collected."""
         if not plan.shares:
             return Pending(plan, None)
-        logits = self._forward(build_batch(plan.shares, self._block_size, self._drawn))
-        drawn = sampler.draw(self._ops, logits, plan.shares)
+        logits = self._forward(build_batch(self._pad(plan.shares), self._block_size, self._drawn))
+        drawn = sampler.draw(self._ops, logits[: plan.num_rows], plan.shares)
         self._drawn = drawn.tokens
         return Pending(plan, drawn)

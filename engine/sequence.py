@@ -7,7 +7,7 @@ Never decides what runs (`scheduler.py`) or which block is whose (`blocks.py`). 
 from dataclasses import dataclass, field
 
 from engine.steering import Steering, steering_of
-from engine.types import FinishReason, Logprob, Progress, Request, Usage
+from engine.types import FinishReason, Logprob, Progress, Request, Sampling, Usage
 
 Rank = tuple[int, int, int]
 TokenLogprobs = tuple[Logprob, tuple[Logprob, ...]]  # the token's own, and those of the likeliest
@@ -218,3 +218,11 @@ class Proposed:
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
     nums_computed: dict[Sequence, int] = field(default_factory=dict)  # tokens, in passes of that model
     num_passes: int = 0
+
+
+def nobodys(length: int, blocks: list[int]) -> Sequence:
+    """A sequence that nobody asked for, with a prompt of zeros in these blocks: to compute for computing's own sake."""
+    request = Request(id=-1, prompt=(0,) * length, sampling=Sampling(tokens_max=1))
+    sequence = Sequence(request=request, choice=0, rank=(0, 0, 0), length_max=length + 1)
+    sequence.blocks = blocks
+    return sequence

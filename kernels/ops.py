@@ -17,6 +17,14 @@ import torch
 from torch import Tensor
 
 
+class Plan(Protocol):
+    """What a backend worked out for a batch with `queries_max`, in tensors that stay where they are."""
+
+    def update(self, batch: "AttentionBatch") -> bool:
+        """The tensors say the same of another batch of as many sequences; False where they lack room for it."""
+        ...
+
+
 @dataclass(frozen=True)
 class AttentionBatch:
     """Where the T tokens of a step stand: sequence s owns the rows query_starts[s] .. query_starts[s+1].
@@ -31,6 +39,9 @@ class AttentionBatch:
     context_lens: Sequence[int]  # S, including this step's tokens
     slots: Tensor  # (T,) int64: block * B + place in the block, where each token's key and value go
     plans: dict[Hashable, Any] = field(default_factory=dict)  # what a backend worked out at one layer, for the others
+    # More than 0: the same launches are to serve other sequences, with so many queries each at most. Then the plans of
+    # a backend that can do it are each a `Plan`, and those of one that cannot stay empty.
+    queries_max: int = 0
 
 
 class Linear(Protocol):

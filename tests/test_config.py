@@ -109,6 +109,7 @@ class TestWhereSettingsComeFrom:
             sequences_max=8,
             drafts_max=2,
             overlap="off",
+            graphs="off",
             draft_experts=2,
         )
         (tmp_path / "config.json").touch()

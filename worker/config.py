@@ -192,8 +192,8 @@ class Engine:
     """Tokens in one block of the cache."""
     cache_tokens: Annotated[int, between(0, 1 << 30)] = 0
     """Tokens that the cache holds; 0: as its memory allows."""
-    cache_memory_share: Annotated[float, between(0.01, 0.99)] = 0.5
-    """Share of the free memory for the cache."""
+    cache_memory_share: Annotated[float, between(0, 0.99)] = 0.0
+    """Share of the free memory for the cache; 0: half of a host's, and on a GPU 0.9 of what a step leaves."""
     context_max: Annotated[int, between(0, 1 << 24)] = 0
     """Tokens of a prompt and its answer; 0: as the model allows."""
     tokens_per_step_max: Annotated[int, between(1, 1 << 20)] = 512
@@ -210,6 +210,8 @@ class Engine:
     """Weights of the draft model, as in weights."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Plan a step while the one before runs; auto: on a GPU, without drafts."""
+    graphs: Literal["auto", "off"] = "auto"
+    """Record decodes at the start and replay them; auto: on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

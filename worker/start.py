@@ -112,6 +112,7 @@ def _build(settings: Engine, folder: Path) -> Core:
                 sequences_max=settings.sequences_max,
                 drafts_max=settings.drafts_max,
                 overlap=settings.overlap,
+                graphs=settings.graphs,
                 draft_experts=settings.draft_experts,
                 draft_model=model_folder(settings.draft_model) if settings.draft_model else None,
                 draft_weights=settings.draft_weights,

@@ -20,6 +20,16 @@ class Measured:
 
 
 @dataclass
+class Figure:
+    """A number of a whole model."""
+
+    what: str
+    value: float
+    unit: str
+    share: float | None = None  # of the roofline, where there is one
+
+
+@dataclass
 class Report:
     """What a run found out."""
 
@@ -29,21 +39,30 @@ class Report:
     fp8_operations_per_s: float = 0.0  # 0: not measured
     errors: dict[str, float] = field(default_factory=dict)  # of the norm, against fp64
     lines: list[Measured] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
 
 def picture(report: Report) -> str:
-    """Each line's share of its bound as a bar."""
-    height = 18
-    bars = [
-        f'<text x="0" y="{y + 12}">{line.what}</text>'
-        f'<rect x="380" y="{y}" width="{300 * min(line.share, 1.1):.0f}" height="12" fill="#4878a8"/>'
-        f'<text x="{690}" y="{y + 12}">{line.share:.0%}, {line.microseconds:.0f} us</text>'
-        for y, line in zip(range(40, 10**6, height), report.lines, strict=False)
+    """Each share of a bound as a bar, and each number without one as text."""
+    lines: list[tuple[str, float | None, str]] = [
+        (figure.what, figure.share, f"{figure.value:.4g} {figure.unit}") for figure in report.figures
     ]
-    ceilings = f"{report.bytes_per_s / 1e12:.2f} TB/s or {report.operations_per_s / 1e12:.0f} TFLOP/s"
-    title = f"{report.device}: share of {ceilings}"
+    lines += [(line.what, line.share, f"{line.microseconds:.0f} us") for line in report.lines]
+    height = 18
+    rows = []
+    for place, (what, share, value) in enumerate(lines):
+        y = 40 + height * place
+        bar = (
+            ""
+            if share is None
+            else f'<rect x="380" y="{y}" width="{300 * min(share, 1.1):.0f}" height="12" fill="#4878a8"/>'
+        )
+        text = value if share is None else f"{share:.0%}, {value}"
+        rows.append(f'<text x="0" y="{y + 12}">{what}</text>{bar}<text x="720" y="{y + 12}">{text}</text>')
+    bounds = f"{report.bytes_per_s / 1e12:.2f} TB/s or {report.operations_per_s / 1e12:.0f} TFLOP/s"
+    title = f"{report.device}: share of {bounds}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="820" height="{60 + height * len(bars)}" '
-        f'font-family="sans-serif" font-size="11"><text x="0" y="20" font-size="14">{title}</text>{"".join(bars)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{60 + height * len(rows)}" '
+        f'font-family="sans-serif" font-size="11"><text x="0" y="20" font-size="14">{title}</text>{"".join(rows)}</svg>'
     )

@@ -54,8 +54,8 @@ def attention(
     output = torch.empty(len(query), num_heads, value_size, dtype=query.dtype, device=query.device)
     plan_key = ("triton", heads, is_large, window)
     if plan_key not in batch.plans:
-        batch.plans[plan_key] = list(attention_plan.plan(batch, heads, is_large, window))
-    for work in batch.plans[plan_key]:
+        batch.plans[plan_key] = attention_plan.plan(batch, heads, is_large, window)
+    for work in batch.plans[plan_key].works:
         shape = (work.num_partials, num_groups, work.tile.rows)
         partial = torch.empty(*shape, value_size, dtype=torch.float32, device=query.device)
         partial_log = torch.empty(shape, dtype=torch.float32, device=query.device)
@@ -93,7 +93,7 @@ def attention(
             num_warps=work.tile.num_warps,
             num_stages=work.tile.num_stages,
         )
-        if work.num_partials:
+        if len(work.joins):
             join[len(work.joins), num_groups, work.tile.rows](
                 work.joins,
                 output,
