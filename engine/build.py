@@ -109,8 +109,8 @@ def engine_of(
 ) -> Core:
     """An engine that is ready to step. Raises EngineMisconfigured.
 
-    `capture`: as in `engine/graphs.py`; None: as the settings and the device have it. Several ranks record nothing: each
-    would have to replay at the others' word.
+    `capture`: as in `engine/graphs.py`; None: as the settings and the device have it. Several ranks record nothing:
+    each would have to replay at the others' word.
     """
     followers = followers or Followers((), ALONE)
     device, decoder, ops = model.decoder.device, model.decoder, model.ops

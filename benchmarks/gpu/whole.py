@@ -211,7 +211,7 @@ class _Bench:
         self.random.watch.chosen = chosen
         self.model.forward(self._batch(num, 1))
         self.random.watch.chosen = None
-        return statistics.mean(len(experts.unique()) for experts in chosen)
+        return statistics.mean(len(set(experts.flatten().tolist())) for experts in chosen)
 
     def _batch(self, num: int, queries: int) -> Batch:
         """The last tokens of sequences of the context, in blocks of their own."""

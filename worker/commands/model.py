@@ -89,7 +89,7 @@ def inspect(
 
     By its name if it was fetched, or by its folder. `weights`, `cache` and `device` are those of a worker's engine; the
     memory is what is free here, unless it is given, in GB of 10^9 bytes. Sizes in memory are estimates; a worker gives
-    the cache engine.cache_memory_share of what its weights leave.
+    the cache a share of what its weights leave, on a GPU what a step takes besides.
 
         tokenmill model inspect smollm2-moe
         tokenmill model inspect ./Mixtral-8x7B-v0.1 --weights int4 --cache fp8 --device cuda --memory-gb 80
