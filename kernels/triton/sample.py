@@ -11,12 +11,14 @@ multiprocessor when all are at work, so 15 us for 152,000 tokens. Greedy rows ta
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import SamplingRow
+from kernels.transfer import send
 
 BLOCK_MAX = 8192  # elements at once, with the 16 warps that share them: 16 a thread
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -32,13 +34,14 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     if not rows:
         return tokens
-    settings = torch.tensor(
-        [(row.temperature, row.top_k, row.top_p, row.min_p, row.uniform) for row in rows], dtype=torch.float64
+    table = np.array(
+        [(row.temperature, row.top_k, row.top_p, row.min_p, row.uniform) for row in rows], dtype=np.float64
     )
+    (settings,) = send([table], logits.device)
     block = min(triton.next_power_of_2(logits.shape[1]), BLOCK_MAX)
     _sample[len(rows),](
         logits,
-        settings.to(logits.device, non_blocking=True),
+        settings,
         tokens,
         logits.stride(0),
         logits.shape[1],
