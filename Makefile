@@ -74,7 +74,7 @@ bench-engine: $(STAMP) ## Measure the engine alone on this CPU: growth, overhead
 speculation: $(STAMP) ## Measure what each drafter costs and brings on real text, with the demo model; a quarter of an hour
 	@$(BIN)/python -m benchmarks.speculation
 
-gpu: ## On a machine with a GPU, torch and Triton: check and time the kernels; FOLDER=... for the results
+gpu: ## On a machine with a GPU, torch and Triton: check and time kernels and whole models; FOLDER=... for the results
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(or $(FOLDER),build/gpu)
 
 chaos: $(STAMP) ## Harm real workers and brokers in every way we know, a quarter of an hour on two quiet cores; the report is build/chaos/report.md

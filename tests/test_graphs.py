@@ -52,7 +52,7 @@ def model(tmp_path_factory) -> Model:
     # Attention alone hangs on more than tensors of one shape; the rest would only take the interpreter's time.
     ops = replace(reference.OPS, attention=OPS.attention)
     decoder = load(path, ops, weights="fp32", dtype=torch.float32)
-    config = EngineConfig(block_size=BLOCK_SIZE, cache_tokens=NUM_BLOCKS * BLOCK_SIZE)
+    config = EngineConfig(block_size=BLOCK_SIZE, cache_tokens=NUM_BLOCKS * BLOCK_SIZE, drafts_max=0)
     return Model.of(config, decoder, ops)
 
 
@@ -121,6 +121,7 @@ def test_prompts_and_what_is_too_large_are_computed_as_they_come(model):
     prompt.num_computed = 11
     for shares in (
         [prompt.share(9)],
+        [prompt.share(2)],  # as few tokens as a verification has
         sequences(model, [5, 6, 7], [1, 1, 1]),
         sequences(model, [5, 9, 6], [3, 3, 1]),
         sequences(model, [9], [4]),
@@ -142,7 +143,9 @@ def test_attention_in_more_parts_than_there_is_room_for_is_not_replayed(model, m
 
 def test_a_backend_that_plans_every_step_anew_has_no_graphs(tmp_path):
     decoder = load(tiny_models.tiny_mixtral(tmp_path, seed=3), reference.OPS, weights="fp32", dtype=torch.float32)
-    model = Model.of(EngineConfig(block_size=BLOCK_SIZE, cache_tokens=NUM_BLOCKS * BLOCK_SIZE), decoder, reference.OPS)
+    model = Model.of(
+        EngineConfig(block_size=BLOCK_SIZE, cache_tokens=NUM_BLOCKS * BLOCK_SIZE, drafts_max=0), decoder, reference.OPS
+    )
     _, recorder = graphs_of(model, {1: [2]})
     assert recorder.num_recorded == 0
 
@@ -155,7 +158,7 @@ def test_an_engine_that_replays_gives_the_plain_engines_answers(model, overlap, 
         Request(id=number, prompt=tuple(range(3, 6 + number)), sampling=Sampling(tokens_max=2 + 2 * number))
         for number in range(3)
     ]
-    config = EngineConfig(block_size=BLOCK_SIZE, cache_tokens=NUM_BLOCKS * BLOCK_SIZE, sequences_max=3)
+    config = EngineConfig(block_size=BLOCK_SIZE, cache_tokens=NUM_BLOCKS * BLOCK_SIZE, sequences_max=3, drafts_max=0)
     recorder = Recorder()
     plain, _ = run(engine_of(config, model), *requests)
     replayed, finished = run(engine_of(replace(config, overlap=overlap), model, recorder), *requests)

@@ -47,7 +47,9 @@ def decoder(tmp_path_factory) -> Decoder:
 
 
 def num_blocks(decoder: Decoder, probe: FakeProbe, **settings) -> int:
-    return Model.of(EngineConfig(**{"sequences_max": 4, **settings}), decoder, reference.OPS, probe).num_blocks
+    return Model.of(
+        EngineConfig(**{"sequences_max": 4, "drafts_max": 0, **settings}), decoder, reference.OPS, probe=probe
+    ).num_blocks
 
 
 def test_the_cache_has_its_share_of_what_the_step_and_the_graphs_leave(decoder):

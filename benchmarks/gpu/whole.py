@@ -46,7 +46,7 @@ class Plan:
     verified: Sequence[tuple[int, int]]  # sequences, tokens of each
 
 
-_CONFIG = EngineConfig(device="cuda", sequences_max=256, tokens_per_step_max=8192, context_max=9216)
+_CONFIG = EngineConfig(device="cuda", sequences_max=256, tokens_per_step_max=8192, context_max=9216, drafts_max=0)
 _SERVED = Plan(
     "",
     TINY,
@@ -65,7 +65,7 @@ PLANS = [
 DRY_PLAN = Plan(
     "tiny int4",
     TINY,
-    EngineConfig(sequences_max=2, tokens_per_step_max=16, cache_tokens=160),
+    EngineConfig(sequences_max=2, tokens_per_step_max=16, cache_tokens=160, drafts_max=0),
     context=5,
     num_tokens=2,
     sequences=(2,),
