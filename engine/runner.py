@@ -42,7 +42,7 @@ class Runner:
         device: torch.device,
         pad: Callable[[list[Share]], list[Share]] = list,
     ) -> None:
-        """`pad`: what is to be computed so that the plan's shares, which come first, are."""
+        """`pad`: the plan's shares, and behind them shares of one row that are computed for company."""
         self._forward = forward
         self._pad = pad
         self._ops = ops
@@ -54,7 +54,9 @@ class Runner:
         """All of the plan is on its way: a step behind it may be launched before this one is collected."""
         if not plan.shares:
             return Pending(plan, None)
-        logits = self._forward(build_batch(self._pad(plan.shares), self._block_size, self._drawn))
-        drawn = sampler.draw(self._ops, logits[: plan.num_rows], plan.shares)
+        shares = self._pad(plan.shares)
+        logits = self._forward(build_batch(shares, self._block_size, self._drawn))
+        num_padding = len(shares) - len(plan.shares)  # rows, too: each has one
+        drawn = sampler.draw(self._ops, logits[: len(logits) - num_padding], plan.shares)
         self._drawn = drawn.tokens
         return Pending(plan, drawn)
