@@ -161,7 +161,7 @@ def test_an_engine_that_replays_gives_the_plain_engines_answers(model, overlap, 
     config = EngineConfig(block_size=BLOCK_SIZE, cache_tokens=NUM_BLOCKS * BLOCK_SIZE, sequences_max=3, drafts_max=0)
     recorder = Recorder()
     plain, _ = run(engine_of(config, model), *requests)
-    replayed, finished = run(engine_of(replace(config, overlap=overlap), model, recorder), *requests)
+    replayed, finished = run(engine_of(replace(config, overlap=overlap), model, capture=recorder), *requests)
     assert replayed == plain
     assert all(end.reason is FinishReason.LENGTH for end in finished.values())
     assert recorder.num_recorded == 2

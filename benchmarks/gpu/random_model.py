@@ -114,7 +114,7 @@ class RandomModel:
         feed_forward, mixer = self.spec.layers[0].feed_forward, self.spec.layers[0].mixer
         assert isinstance(feed_forward, Mixture)
         experts = _bytes([(layer.feed_forward._gate_up, layer.feed_forward._down) for layer in self.decoder._layers])
-        embedding = self.decoder._embedding.nbytes
+        embedding = _bytes(self.decoder._embedding)
         cached = mixer.num_cached * self.decoder.dtype.itemsize * len(self.spec.layers)
         weights = _bytes(self.decoder) - embedding - experts * (1 - num_hit / feed_forward.num_experts)
         return weights + num_sequences * context * cached

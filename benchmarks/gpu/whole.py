@@ -180,7 +180,7 @@ class _Bench:
 
     def _engine(self, config: EngineConfig) -> Core:
         is_replayed = DRY and config.graphs == "auto"
-        core = engine_of(config, self.model, _compute_again if is_replayed else None)
+        core = engine_of(config, self.model, capture=_compute_again if is_replayed else None)
         core.meter.start()
         return core
 
