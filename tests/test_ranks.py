@@ -1,6 +1,7 @@
 """An engine of several processes answers as one does, ends whole, and never outlives a part of itself."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,7 +161,7 @@ def _runs(pid: int) -> bool:
 
 
 def test_a_rank_that_does_not_come_up_is_told_with_how_it_ended(checkpoint, monkeypatch):
-    monkeypatch.setattr(sys, "path", [])  # nor will it find us
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RankLost, match="rank 1 has ended: exit code 1"):
         engine(checkpoint, ranks=2)
 
