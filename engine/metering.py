@@ -100,6 +100,9 @@ def work_of(share: Share, num_accepted: int) -> list[Spent]:
     token, which is prompt: its own charge has no tokens and no time. Rows that brought nothing were rejected.
     """
     sequence = share.sequence
+    if sequence.num_output and num_accepted == len(share.tokens) == 1 and share.start >= sequence.num_reached:
+        # A decode, as most are: what is below says the same in three times the time.
+        return [Spent(sequence.request.id, sequence.choice, Work.OUTPUT, 1, sequence.num_output)]
     num_again = share.num_again
     num_prompt = max(0, min(share.stop, sequence.num_prompt) - share.start - num_again)
     num_rejected = len(share.tokens) - num_again - num_prompt

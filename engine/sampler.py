@@ -22,6 +22,7 @@ from engine.types import Logprob
 from kernels.ops import Ops, SamplingRow
 from kernels.transfer import Returning, send
 
+GREEDY = SamplingRow(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.0)  # nothing else counts then
 UNIFORM_BITS = 53  # what a double holds exactly: the largest uniform is 1 - 2^-53, never 1
 
 
@@ -94,13 +95,15 @@ def _edit_behind(sequence: Sequence, drafts: list[int]) -> list[Edit] | None:
 def sampling_rows(share: Share) -> list[SamplingRow]:
     """How each of the share's rows becomes the token behind it."""
     sampling = share.sequence.request.sampling
+    if not sampling.temperature:
+        return [GREEDY] * share.num_rows
     return [
         SamplingRow(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            uniform=uniform(sampling.seed, share.sequence.choice, position) if sampling.temperature else 0.0,
+            uniform=uniform(sampling.seed, share.sequence.choice, position),
         )
         for position in range(share.first_row + 1, share.stop + 1)  # of the tokens to be sampled
     ]
