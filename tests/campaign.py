@@ -394,8 +394,8 @@ class Campaign:
 
     @property
     def client(self) -> Any:
-        """How the campaign itself reaches the brokers: with patience, for it is not what is tried."""
-        return replace(self._kafka.client(), request_timeout_s=PATIENCE_S)
+        """How the campaign itself reaches the brokers."""
+        return self._kafka.client()
 
     @property
     def group(self) -> str:

@@ -29,6 +29,9 @@ from worker.partition import Burst, Outcome
 METADATA_MAX = 4096  # offset.metadata.max.bytes, as brokers have it by default; we never send more
 RECORD_BYTES_MAX = 1 << 20  # max.message.bytes, as topics have it by default
 COMMITTED = 7
+COMMITS = 3000  # of 4 KB: loading them takes some hundred milliseconds
+RESTARTS_MAX = 5  # a client may come after that all the same
+RESTART_S = 60.0  # on a busy machine
 
 
 class TestE1PositionsAreForgottenWhileABrokerLoadsThem:
@@ -38,13 +41,13 @@ class TestE1PositionsAreForgottenWhileABrokerLoadsThem:
         with Cluster(tmp_path) as cluster:
             async with staged(cluster.brokers, {}) as stage:
                 await advance(stage)
-                await asyncio.to_thread(cluster.kill)
-                restarting = asyncio.create_task(asyncio.to_thread(cluster.start))
-                stocks, ours = await asyncio.gather(
-                    position_found(AIOKafkaConsumer, stage), position_found(StableConsumer, stage)
-                )
-                await restarting
-        assert (stocks, ours) == (0, COMMITTED)
+                found = set()
+                for _ in range(RESTARTS_MAX):
+                    found.add(await positions_after_restart(cluster, stage))
+                    if (0, COMMITTED) in found:
+                        break
+        assert (0, COMMITTED) in found
+        assert {ours for _, ours in found} == {COMMITTED}
 
 
 class TestE2AnAbortDoesNotReachTheBroker:
@@ -192,12 +195,27 @@ def refused(key: int, code: int) -> Answer:
 
 
 async def advance(stage: Stage) -> None:
-    """The group has committed `COMMITTED`, of a log of so many records."""
+    """The group has committed `COMMITTED`, of a log of so many records, and often."""
     owner = await stage.owner("a", proxied=False)
     records = [Outgoing(topic=stage.topic, key=None, value=b"x", partition=0)] * COMMITTED
     await transact(owner.broker, records, {stage.place: Position(COMMITTED)}, owner.membership)
     await owner.broker.commit()
     await owner.broker.stop()
+    consumer = await patiently_started(AIOKafkaConsumer, stage)
+    consumer.assign([partition_of(stage)])
+    for _ in range(COMMITS):
+        await consumer.commit({partition_of(stage): position(COMMITTED, "m" * METADATA_MAX)})
+    await consumer.stop()
+
+
+async def positions_after_restart(cluster: Cluster, stage: Stage) -> tuple[int, int]:
+    """Where a stock consumer and ours begin that are there as soon as the broker is."""
+    await asyncio.to_thread(cluster.kill)
+    async with asyncio.timeout(RESTART_S), asyncio.TaskGroup() as tasks:
+        tasks.create_task(asyncio.to_thread(cluster.start))
+        stocks = tasks.create_task(position_found(AIOKafkaConsumer, stage))
+        ours = tasks.create_task(position_found(StableConsumer, stage))
+    return stocks.result(), ours.result()
 
 
 async def position_found(consumer_type: type[AIOKafkaConsumer], stage: Stage) -> int:
@@ -207,26 +225,26 @@ async def position_found(consumer_type: type[AIOKafkaConsumer], stage: Stage) ->
         consumer.assign([partition])
         if isinstance(consumer, StableConsumer):
             return (await consumer.stable_positions([partition], nothing))[partition].offset
-        return int(await asyncio.wait_for(consumer.position(partition), PATIENCE_S))
+        return int(await consumer.position(partition))
     finally:
         await consumer.stop()
 
 
 async def patiently_started(consumer_type: type[AIOKafkaConsumer], stage: Stage) -> Any:
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            consumer = consumer_type(
-                bootstrap_servers=stage.direct.brokers,
-                group_id=stage.direct.group,
-                enable_auto_commit=False,
-                auto_offset_reset="earliest",
-                retry_backoff_ms=20,
-            )
-            with suppress(errors.KafkaError):
-                await consumer.start()
-                return consumer
-            await consumer.stop()
-            await asyncio.sleep(0.02)
+    while True:
+        consumer = consumer_type(
+            bootstrap_servers=stage.direct.brokers,
+            group_id=stage.direct.group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            retry_backoff_ms=20,
+            request_timeout_ms=2000,  # a request that comes while the broker starts may never be answered
+        )
+        with suppress(errors.KafkaError):
+            await consumer.start()
+            return consumer
+        await consumer.stop()
+        await asyncio.sleep(0.02)
 
 
 async def nothing() -> None:
