@@ -77,7 +77,7 @@ speculation: $(STAMP) ## Measure what each drafter costs and brings on real text
 gpu: ## On a machine with a GPU, torch and Triton: check and time kernels and whole models; FOLDER=... for the results
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(or $(FOLDER),build/gpu)
 
-chaos: $(STAMP) ## Harm real workers and brokers in every way we know, a quarter of an hour on two quiet cores; the report is build/chaos/report.md
+chaos: $(STAMP) ## Harm real workers and brokers in every way we know, eight minutes on two quiet cores; the report is build/chaos/report.md
 	@$(BIN)/python -m tests.chaos
 
 chaos-long: $(STAMP) ## The same at the sizes of a night
