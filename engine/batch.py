@@ -7,6 +7,7 @@ sequence's share becomes does not depend on the others in the batch.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,6 +52,11 @@ def build_batch(shares: list[Share], block_size: int, drawn: Tensor) -> Batch:
         token_ids_there.index_copy_(0, at, drawn[row])
     attention = AttentionBatch(tables_there, [0, *ends.tolist()], (starts + lengths).tolist(), slots_there)
     return Batch(token_ids_there, positions_there, attention, rows_there)
+
+
+def none_drawn(device: torch.device) -> Tensor:
+    """In the place of the tokens of the step before, where the host knows all tokens."""
+    return torch.empty(0, dtype=torch.int64, device=device)
 
 
 def _ranges(starts: Integers, lengths: Integers) -> Integers:

@@ -153,4 +153,9 @@ class BlockCache:
             self._keys[block] = None
 
     def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        return blocks_for(num_tokens, self.block_size)
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """How many blocks the tokens of one sequence take."""
+    return -(-num_tokens // block_size)

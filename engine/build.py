@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from engine.blocks import BlockCache
+from engine.blocks import BlockCache, blocks_for
 from engine.config import DRAFTS_MAX, SHARE_ON_GPU, SHARE_ON_HOST, EngineConfig, num_blocks_within
 from engine.core import Core
 from engine.drafters import forward_into, load_draft_model, make_drafter
@@ -123,7 +123,7 @@ def engine_of(
     if capture is None and device.type == "cuda" and _is_recorded(config):
         capture = cuda_capture()
     if capture:
-        graphs.record(capture, -(-capacity.context_max // config.block_size), device)
+        graphs.record(capture, blocks_for(capacity.context_max, config.block_size), device)
     return Core(
         Scheduler(config, blocks, capacity.context_max),
         Drafting(drafter, blocks, drafts_max, config.draft_cost),
@@ -210,7 +210,7 @@ def _num_blocks(config: EngineConfig, decoder: Decoder, block_bytes: int, ranks:
 
 def _useful_blocks(config: EngineConfig, decoder: Decoder) -> int:
     """More than all sequences at their longest could fill is of no use."""
-    return config.sequences_max * -(-(config.context_max or decoder.spec.context_max) // config.block_size)
+    return config.sequences_max * blocks_for(config.context_max or decoder.spec.context_max, config.block_size)
 
 
 def _measured_blocks(config: EngineConfig, decoder: Decoder, ops: Ops, block_bytes: int, probe: Probe) -> int:
@@ -226,7 +226,7 @@ def _measured_blocks(config: EngineConfig, decoder: Decoder, ops: Ops, block_byt
     if config.cache_tokens:
         num = config.cache_tokens // config.block_size
         return demand.blocks(1.0, block_bytes, num_wanted=num, num_least=num)
-    num_least = -(-(config.context_max or 1) // config.block_size)
+    num_least = blocks_for(config.context_max or 1, config.block_size)
     share = config.cache_memory_share or SHARE_ON_GPU
     return demand.blocks(share, block_bytes, num_wanted=_useful_blocks(config, decoder), num_least=num_least)
 

@@ -14,7 +14,7 @@ from engine.drafting import Drafter
 from engine.errors import EngineMisconfigured
 from engine.loader import load
 from engine.lookup import PromptLookup
-from engine.model_drafter import Follower, ModelDrafter, OwnCache, SharedCache
+from engine.model_drafter import DraftCache, ModelDrafter, OwnCache, SharedCache
 from engine.models.decoder import Decoder, KVCache
 from engine.models.spec import Mixture
 from kernels.ops import Ops
@@ -55,11 +55,11 @@ def make_drafter(
 ) -> Drafter:
     """A drafter for a model with this cache. Raises EngineMisconfigured where it has no experts to leave out."""
 
-    def drafts(decoder: Decoder, cache: KVCache, follower: Follower, context_max: int) -> ModelDrafter:
+    def drafts(decoder: Decoder, cache: KVCache, kept: DraftCache, context_max: int) -> ModelDrafter:
         return ModelDrafter(
             forward_into(decoder, cache),
             ops,
-            follower,
+            kept,
             block_size=config.block_size,
             device=decoder.device,
             tokens_max=config.tokens_per_step_max,

@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, build_batch
+from engine.batch import Batch, build_batch, none_drawn
 from engine.sequence import Share, nobodys
 from kernels.ops import AttentionBatch
 
@@ -127,8 +127,7 @@ class Graphs:
 
     def _inputs(self, size: int, table_width: int, device: torch.device) -> Batch:
         """Nobody's tokens, in tensors that stay."""
-        nothing = torch.empty(0, dtype=torch.int64, device=device)
-        batch = build_batch([self._padding] * size, self._block_size, nothing)
+        batch = build_batch([self._padding] * size, self._block_size, none_drawn(device))
         tables = torch.full((size, table_width), self._spare_block, device=device)
         return replace(batch, attention=replace(batch.attention, block_tables=tables))
 

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import torch
 
-from engine.batch import Batch, build_batch
+from engine.batch import Batch, build_batch, none_drawn
+from engine.blocks import blocks_for
 from engine.config import EngineConfig
 from engine.errors import EngineMisconfigured
 from engine.sequence import nobodys
@@ -95,11 +96,10 @@ def largest_batch(config: EngineConfig, device: torch.device) -> tuple[Batch, in
     shares, num_blocks = [], 0
     for place in range(num_sequences):
         length = (config.tokens_per_step_max + place) // num_sequences  # they differ by one, and make up the step
-        stop = num_blocks + -(-length // config.block_size)
+        stop = num_blocks + blocks_for(length, config.block_size)
         shares.append(nobodys(length, list(range(num_blocks, stop))).share(length))
         num_blocks = stop
-    nothing = torch.empty(0, dtype=torch.int64, device=device)
-    return build_batch(shares, config.block_size, nothing), num_blocks
+    return build_batch(shares, config.block_size, none_drawn(device)), num_blocks
 
 
 def _gb(num_bytes: int) -> str:

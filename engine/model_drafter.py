@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from engine import sampler
-from engine.batch import Batch, build_batch
+from engine.batch import Batch, build_batch, none_drawn
 from engine.sequence import Proposed, Sequence, Share
 from kernels.ops import Ops
 
 
-class Follower(Protocol):
+class DraftCache(Protocol):
     """What is in the drafter's cache."""
 
     def num_computed(self, sequence: Sequence) -> int:
@@ -116,13 +116,13 @@ class _Written:
 
 
 class ModelDrafter:
-    """A drafter that computes. `forward` is a decoder's over the cache that `follower` tells of."""
+    """A drafter that computes. `forward` is a decoder's over the cache that `kept` tells of."""
 
     def __init__(
         self,
         forward: Callable[[Batch], Tensor],
         ops: Ops,
-        follower: Follower,
+        kept: DraftCache,
         *,
         block_size: int,
         device: torch.device,
@@ -132,9 +132,9 @@ class ModelDrafter:
         """`tokens_max`: of one pass. `context_max`: what the drafter's model can take."""
         self._forward = forward
         self._ops = ops
-        self._follower = follower
+        self._kept = kept
         self._block_size = block_size
-        self._unknown = torch.empty(0, dtype=torch.int64, device=device)  # tokens that the host does not know: none
+        self._drawn = none_drawn(device)
         self._tokens_max = tokens_max
         self._context_max = context_max
 
@@ -168,7 +168,7 @@ class ModelDrafter:
         filled: set[int] = set()
         num_left = self._tokens_max
         for sequence in sequences:
-            start = self._follower.num_computed(sequence)
+            start = self._kept.num_computed(sequence)
             tokens = sequence.tokens[start : start + num_left]
             has_caught_up = start + len(tokens) == len(sequence.tokens)
             share = Share(sequence, start, tokens, num_rows=int(has_caught_up))
@@ -182,8 +182,8 @@ class ModelDrafter:
     def _pass(self, shares: list[Share], drafts: Mapping[Sequence, list[int]]) -> dict[Sequence, int]:
         """The next draft of each share's sequence that has caught up, if anything may follow there."""
         for share in shares:
-            self._follower.write(share)
-        logits = self._forward(build_batch(shares, self._block_size, self._unknown))
+            self._kept.write(share)
+        logits = self._forward(build_batch(shares, self._block_size, self._drawn))
         drafting = [share for share in shares if share.num_rows]
         return sampler.draft(self._ops, logits, drafting, drafts)
 

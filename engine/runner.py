@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine import sampler
-from engine.batch import Batch, build_batch
+from engine.batch import Batch, build_batch, none_drawn
 from engine.sampler import Drawn
 from engine.scheduler import Plan
 from engine.sequence import Accepted, Share
@@ -47,7 +47,7 @@ class Runner:
         self._pad = pad
         self._ops = ops
         self._block_size = block_size
-        self._drawn = torch.empty(0, dtype=torch.int64, device=device)  # (R,) the tokens of the newest step
+        self._drawn = none_drawn(device)  # (R,) the tokens of the newest step
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Pending:

@@ -122,15 +122,13 @@ def _edits(shares: list[Share]) -> tuple[list[tuple[int, Edit]], dict[Sequence, 
     """What the sequences that steer do to which rows, and why those fail whose grammar cannot go on."""
     edits: list[tuple[int, Edit]] = []
     failures: dict[Sequence, str] = {}
-    first_row = 0
     for share in shares:
         if share.sequence.steering and share.num_rows:
             try:
                 own = share.sequence.steering.edits(share.sequence.tokens, share.drafts)
-                edits += enumerate(own, start=first_row)
+                edits += enumerate(own, start=share.first_logits)
             except ConstraintFailed as error:
                 failures[share.sequence] = str(error)
-        first_row += share.num_rows
     return edits, failures
 
 

@@ -19,9 +19,7 @@ from engine.errors import ModelError
 from engine.models.parts import Cut
 from engine.schemes import Entry
 
-PIECE_BYTES = (
-    16 << 20
-)  # read at once of a matrix of which only some columns are wanted: a hundredth of a second's worth
+PIECE_BYTES = 16 << 20  # read at once of a matrix of which only some columns are wanted: ten milliseconds' worth
 
 DTYPES = {  # what we read, by safetensors' names
     "F32": torch.float32,

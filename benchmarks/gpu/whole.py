@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.gpu.measure import DEVICE, DRY, measure
 from benchmarks.gpu.random_model import MIXTRAL_8X7B, QWEN3_30B, TINY, random_model
 from benchmarks.gpu.report import Figure, Report
-from engine.batch import Batch, build_batch
+from engine.batch import Batch, build_batch, none_drawn
 from engine.build import Model, engine_of
 from engine.config import EngineConfig
 from engine.core import Core
@@ -225,7 +225,7 @@ class _Bench:
             sequence.num_computed = self.plan.context - 1
             sequence.tokens = self._random.choices(range(self.plan.spec.vocab_size), k=len(sequence.tokens))
             shares.append(replace(sequence.share(queries), num_rows=queries))
-        return build_batch(shares, config.block_size, torch.empty(0, dtype=torch.int64, device=DEVICE))
+        return build_batch(shares, config.block_size, none_drawn(torch.device(DEVICE)))
 
 
 def _compute_again(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
