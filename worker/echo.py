@@ -6,6 +6,7 @@ Owns what all choices of a request have in common of it. The logprobs come from 
 from engine.types import Logprob
 from schemas.handoff import CarriedLogprob
 from schemas.requests import TextBody
+from worker import handoff
 from worker.intake import Admitted
 from worker.text import TextStream, Tokenizer
 
@@ -46,8 +47,7 @@ class Echo:
 
     def take_up(self, carried: list[CarriedLogprob] | None) -> None:
         """It has what another worker had of it."""
-        for token, one in zip(self.tokens[1:], carried or (), strict=False):
-            self._lines.append((Logprob(token, one.logprob), tuple(Logprob(*top) for top in one.top)))
+        self._lines += map(handoff.logprobs, self.tokens[1:], carried or ())
 
     def carried(self) -> list[CarriedLogprob] | None:
         """What whoever goes on needs to know."""

@@ -7,7 +7,7 @@ engine. Pure. When a request is handed over is `generations.py`'s to say, what e
 from collections.abc import Iterator
 
 from engine.types import Finished, FinishReason, Logprob, Progress, Token, Usage
-from schemas.handoff import CarriedChoice, CarriedUsage, Handoff
+from schemas.handoff import CarriedChoice, CarriedLogprob, CarriedUsage, Handoff
 from worker.brokers.base import Place, Record
 
 
@@ -46,15 +46,20 @@ def progress(choice: CarriedChoice) -> Progress:
 def tokens(choice: CarriedChoice, request: int, number: int) -> Iterator[Token]:
     """The events that have brought the choice so far, under the engine's new handle."""
     for index, token in enumerate(choice.tokens):
-        logprob = choice.logprobs[index] if choice.logprobs else None
+        own, top = logprobs(token, choice.logprobs[index]) if choice.logprobs else (None, ())
         yield Token(
             request=request,
             choice=number,
             index=index,
             token=token,
-            logprob=Logprob(token, logprob.logprob) if logprob else None,
-            top_logprobs=tuple(Logprob(*one) for one in logprob.top) if logprob else (),
+            logprob=own,
+            top_logprobs=top,
         )
+
+
+def logprobs(token: int, carried: CarriedLogprob) -> tuple[Logprob, tuple[Logprob, ...]]:
+    """The token's own, and those of the likeliest in its place."""
+    return Logprob(token, carried.logprob), tuple(Logprob(*one) for one in carried.top)
 
 
 def end(choice: CarriedChoice, request: int, number: int) -> Finished | None:
