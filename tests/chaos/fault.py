@@ -81,7 +81,7 @@ class Trial:
             try:
                 yield campaign
             except (Exception, asyncio.CancelledError):
-                with suppress(Exception):
+                with suppress(Exception):  # what went wrong with the trial is what is told
                     await asyncio.wait_for(campaign.dump(), DUMP_S_MAX)
                 raise
         if not self.stack.own_cluster:
