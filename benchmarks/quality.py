@@ -21,7 +21,7 @@ from engine.quant import FORMATS
 from kernels.backends import pick
 from kernels.cache import CACHE_DTYPES
 from kernels.ops import AttentionBatch
-from worker.config import model_folder
+from worker.folders import model_folder
 from worker.text import load_tokenizer
 
 DEMO_MODEL = "smollm2-moe"

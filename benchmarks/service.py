@@ -41,10 +41,11 @@ from worker.brokers.kafka import KafkaBroker
 from worker.brokers.kafka_client import TopicSpec, create_topics
 from worker.brokers.kafka_settings import KafkaSettings
 from worker.commands.answers import send_all
-from worker.config import Health, Kafka, Limits, Settings, Topics, model_folder
+from worker.config import Health, Kafka, Limits, Settings, Topics
 from worker.drain import Drain
 from worker.errors import Misconfigured
 from worker.exporters import open_exporters
+from worker.folders import model_folder
 from worker.intake import Intake
 from worker.local_broker import Cluster
 from worker.logs import configure_logs

@@ -24,7 +24,7 @@ from engine.config import EngineConfig
 from engine.core import Core
 from engine.metering import Meter
 from engine.types import Request, Sampling, Work
-from worker.config import model_folder
+from worker.folders import model_folder
 from worker.text import Tokenizer, load_tokenizer
 
 DEMO_MODEL = "smollm2-moe"

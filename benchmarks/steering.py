@@ -20,7 +20,7 @@ from engine.sequence import Sequence, Share
 from engine.types import Request, Sampling
 from kernels.backends import pick
 from schemas.requests import JsonSchema, NamedSchema, OneOf
-from worker.config import models_folder
+from worker.folders import models_folder
 from worker.grammar import Grammars, source_of
 from worker.text import Tokenizer, load_tokenizer
 

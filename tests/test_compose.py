@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from worker.config import Settings, unknown_variables
+from worker.config import Settings
+from worker.setting_sources import unknown_variables
 
 ROOT = Path(__file__).parents[1]
 CALL_S = 60  # each takes under a second on an idle machine

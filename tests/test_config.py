@@ -10,20 +10,10 @@ import pytest
 import engine.config
 from worker import start
 from worker.cli import main
-from worker.config import (
-    Engine,
-    Kafka,
-    Security,
-    Settings,
-    Topics,
-    as_flags,
-    flat,
-    model_folder,
-    read_secret,
-    setting_names,
-    unknown_variables,
-)
+from worker.config import Engine, Kafka, Security, Settings, Topics, read_secret
 from worker.errors import Misconfigured
+from worker.folders import model_folder
+from worker.setting_sources import as_flags, flat, setting_names, unknown_variables
 
 EXIT_CONFIG = Misconfigured.exit_code
 

@@ -12,8 +12,8 @@ from typing import Annotated, NamedTuple
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.config import Env
 
-from worker.config import DEFAULT_FILE, ENVIRONMENT_PREFIX, SettingsFile
 from worker.errors import Fatal, TokenmillError
+from worker.setting_sources import DEFAULT_FILE, ENVIRONMENT_PREFIX, SettingsFile
 
 EXIT_USAGE = 64  # sysexits EX_USAGE: the command line itself is wrong
 EXIT_INTERRUPTED = 130  # what a shell reports for a process ended by SIGINT

@@ -20,13 +20,14 @@ from worker.admission import LANES, Admission, Lane
 from worker.brokers.kafka import KafkaBroker
 from worker.brokers.kafka_client import require_topics
 from worker.brokers.kafka_settings import KafkaSettings
-from worker.config import Engine, Settings, model_folder
+from worker.config import Engine, Settings
 from worker.containment import Gate
 from worker.cost import Meter
 from worker.drain import Drain
 from worker.envelope import Envelope
 from worker.errors import Fatal, Misconfigured
 from worker.exporters import open_exporters
+from worker.folders import model_folder
 from worker.generations import Generations
 from worker.grammar import Grammars
 from worker.health import Vitals, serve_health

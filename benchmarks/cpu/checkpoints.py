@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.cpu.loads import VOCAB_SIZE
-from worker.config import models_folder
+from worker.folders import models_folder
 
 HOME = models_folder().parent / "peers"  # of checkpoints and of the engines that load them, unless told otherwise
 SEED = 1234

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from worker.commands.output import Json, print_json
-from worker.config import Settings, flat, model_folder, unknown_variables
+from worker.config import Settings
 from worker.errors import Misconfigured, TokenmillError
+from worker.folders import model_folder
 from worker.price_book import DEFAULT_BOOK, load_price_book
+from worker.setting_sources import flat, unknown_variables
 
 app = App(name="config", help="Show the settings and where they come from, or check them.")
 

@@ -34,12 +34,13 @@ from worker.commands.model import DEMO_MODEL, fetched
 from worker.commands.output import Json, print_json, print_table
 from worker.commands.progress import Report as Progress
 from worker.commands.progress import progress
-from worker.config import Kafka, Topics, as_flags, flat
+from worker.config import Kafka, Topics
 from worker.errors import Unavailable
 from worker.ledger import Report
 from worker.local_broker import Cluster, data_folder, held
 from worker.local_broker.ports import free_ports
 from worker.local_broker.process import Lifeline
+from worker.setting_sources import as_flags, flat
 
 app = App(name="demo")
 

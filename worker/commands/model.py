@@ -11,8 +11,9 @@ from msgspec import Struct
 
 from worker.commands.output import Json, print_json, print_table
 from worker.commands.progress import Report, progress
-from worker.config import between, model_folder, models_folder
+from worker.config import between
 from worker.errors import Misconfigured
+from worker.folders import model_folder, models_folder
 
 if TYPE_CHECKING:
     from engine.inventory import Inventory

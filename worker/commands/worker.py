@@ -16,9 +16,10 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from worker.config import Settings, model_folder
+from worker.config import Settings
 from worker.drain import end_process
 from worker.errors import Misconfigured
+from worker.folders import model_folder
 
 SLOTS_MAX = 1024  # workers on one host
 

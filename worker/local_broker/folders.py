@@ -1,22 +1,23 @@
-"""Where the local broker keeps things: jars in the user's cache, data in the user's state (XDG base directories)."""
+"""Where the local broker keeps things, and how two commands keep out of each other's way there."""
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from worker.folders import cache_folder, state_folder
 
 LOCK_FILE = "command.lock"
 
 
 def jar_folder(kafka_version: str) -> Path:
     """The folder of this Kafka version's jars: safe to delete, they are fetched again."""
-    return _xdg("XDG_CACHE_HOME", ".cache") / "tokenmill" / f"kafka-{kafka_version}"
+    return cache_folder() / f"kafka-{kafka_version}"
 
 
 def data_folder() -> Path:
     """The folder of the cluster that `tokenmill broker` runs: its topics live there until `down --purge`."""
-    return _xdg("XDG_STATE_HOME", ".local/state") / "tokenmill" / "broker"
+    return state_folder() / "broker"
 
 
 @contextmanager
@@ -33,8 +34,3 @@ def write_whole(path: Path, text: str) -> None:
     arriving = path.with_name(path.name + ".new")
     arriving.write_text(text)
     arriving.replace(path)
-
-
-def _xdg(variable: str, below_home: str) -> Path:
-    configured = Path(os.environ.get(variable, ""))
-    return configured if configured.is_absolute() else Path.home() / below_home  # relative values are to be ignored
