@@ -91,7 +91,7 @@ def _shares(sampling: Sampling, constraint: Constraint | None = None, output: li
         sequence = Sequence(request=asked, choice=0, rank=(0, 0, 0), length_max=9999)
         sequence.tokens += list(range(10, 10 + NUM_OUTPUT)) if output is None else output
         sequence.reach(len(sequence.tokens) - 1)
-        shares.append(sequence.share(1))
+        shares.append(sequence.share(1, first_logits=number))
     return shares
 
 

@@ -92,7 +92,7 @@ def drawn(ops: Ops, logits: torch.Tensor, sampling: Sampling, num_choices: int =
         sequence = Sequence(request=asked, choice=number % num_choices, rank=(0, 0, 0), length_max=99)
         sequence.tokens += OUTPUT
         sequence.reach(len(sequence.tokens) - 1)
-        shares.append(sequence.share(1))
+        shares.append(sequence.share(1, first_logits=number))
     tokens = [brought.tokens[0] for brought in draw(ops, logits.expand(len(shares), -1), shares).accepted()]
     return np.array(tokens)
 
