@@ -223,7 +223,7 @@ class Ops:
     """
 
     logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-    """(logits (R, V), chosen ids (R,), num_top) -> (chosen's (R,), ids of the likeliest (R, num_top), theirs).
+    """(logits (R, V) fp32, chosen ids (R,), num_top) -> (chosen's (R,), ids of the likeliest (R, num_top), theirs).
 
     Natural logarithms of the model's own probabilities, before temperature; the likeliest first, the lower id on ties.
     """

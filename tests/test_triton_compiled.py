@@ -72,6 +72,19 @@ def test_elementwise_kernels_move_16_bytes_at_a_time(compiled: dict[str, list[Co
         assert narrow <= 1, kernel
 
 
+# Of a thread for each logit: as many as the device has to spare when it reads fp32 at 3 TB/s.
+INSTRUCTIONS_PER_LOGIT_MAX = 40.0
+
+
+def test_logprobs_read_the_logits_16_bytes_at_a_time_and_no_more_slowly_than_memory(
+    compiled: dict[str, list[Compiled]],
+) -> None:
+    for kernel in each(compiled["logprobs, Qwen3-30B-A3B"], "_blocks"):
+        per_thread = kernel.constants["BLOCK"] / (kernel.num_warps * 32)
+        assert kernel.count(r"LDG\.E.*\.128") == per_thread / 4, kernel
+        assert sum(kernel.instructions.values()) / per_thread <= INSTRUCTIONS_PER_LOGIT_MAX, kernel
+
+
 ATTENTION = [name for name in LAUNCHES if name.partition(",")[0] in {"decode", "drafts", "many drafts", "prompt"}]
 
 # Instructions of one thread for each element of the cache that it helps to read. The device has 20 to spare when it

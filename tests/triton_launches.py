@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.cache import row_size
 from kernels.ops import AttentionBatch, HeadNorms, SamplingRow
-from kernels.triton import OPS, attention, cache, elementwise, products, route, sample
+from kernels.triton import OPS, attention, cache, elementwise, logprobs, products, route, sample
 from kernels.triton.heads import rotate_and_write
 from kernels.triton.weights import INT4_DEPTHS, Matrices
 
@@ -140,6 +140,10 @@ def choose(vocab_size: int) -> None:
     sample.sample(tensor(2, vocab_size, dtype=torch.float32), [row, row])
 
 
+def tell_logprobs(vocab_size: int) -> None:
+    logprobs.logprobs(tensor(2, vocab_size, dtype=torch.float32), tensor(2, dtype=torch.int64), 20)
+
+
 LAUNCHES: Mapping[str, Callable[[], object]] = {
     "norms, Qwen3-30B-A3B": partial(norms, 2048),
     "norms, GPT-OSS": partial(norms, 2880),
@@ -182,6 +186,7 @@ LAUNCHES: Mapping[str, Callable[[], object]] = {
     "route, Qwen3-30B-A3B": partial(route.route, tensor(8, 128), 8, "softmax", True),
     "route, DeepSeek-V2": partial(route.route, tensor(8, 160), 6, "softmax", False, 16.0, 8, 3),
     "sample, Qwen3-30B-A3B": partial(choose, 151_936),
+    "logprobs, Qwen3-30B-A3B": partial(tell_logprobs, 151_936),
     "int4 matrix, 1 token": partial(multiply, "int4", 1, 5120, 2048),
     "int4 matrix, 512 tokens": partial(multiply, "int4", 512, 5120, 2048),
     "int8 matrix, 512 tokens": partial(multiply, "int8", 512, 5120, 2048),

@@ -46,6 +46,20 @@ def experts(
         yield "vllm", lambda: fused_experts(x, gate_up.values, down.values, weights, chosen.int())
 
 
+def experts_in_a_loop(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Matrices, down: Matrices) -> Tensor:
+    """Of experts in bf16, as transformers has it: one after the other, by rows that are picked and added back.
+
+    The host waits for each expert's number of tokens, so no graph can record it.
+    """
+    total = torch.zeros_like(x)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        tokens, places = torch.where(chosen == expert)
+        gate, up = functional.linear(x.index_select(0, tokens), gate_up.values[expert]).chunk(2, -1)
+        output = functional.linear(functional.silu(gate) * up, down.values[expert])
+        total.index_add_(0, tokens, output * weights[tokens, places, None].to(x.dtype))
+    return total
+
+
 def product(x: Tensor, weight: Matrices) -> Iterator[tuple[str, Callable[[], object]]]:
     """Of one matrix in fp8 with a scale a row, by rows that are rounded already: name and call."""
     rows, scales = x.to(torch.float8_e4m3fn), torch.ones(len(x), 1, device=x.device)
@@ -81,3 +95,14 @@ def sample(logits: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
         "torch's softmax and exponential noise",
         lambda: (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1),
     )
+
+
+def logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """With ties in any order: name and call."""
+
+    def by_topk() -> tuple[Tensor, Tensor, Tensor]:
+        scores = logits.log_softmax(-1)
+        top, ids = scores.topk(num_top)
+        return scores.gather(1, chosen[:, None]), ids, top
+
+    yield "torch's log_softmax and topk", by_topk

@@ -51,6 +51,11 @@ def checks() -> Iterator[tuple[str, Tensor, Tensor]]:
     plain = SamplingRow(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, uniform=0.37)
     rows = [plain, replace(plain, temperature=0.0), replace(plain, top_k=0), replace(plain, top_k=0, top_p=1.0)]
     yield "sample", OPS.sample(logits, rows), reference.sample(logits, rows).double()
+    own, ids, top = OPS.logprobs(logits, torch.arange(4, device=DEVICE), 20)
+    scores = logits.double().log_softmax(-1)
+    best, best_ids = (column[:, :20] for column in scores.sort(dim=-1, descending=True, stable=True))
+    yield "logprobs", torch.cat([own[:, None], top], 1), torch.cat([scores.diagonal()[:, None], best], 1)
+    yield "logprobs, of the likeliest tokens", ids, best_ids.double()
 
 
 def attention_checks() -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -18,30 +19,40 @@ DEVICE = "cpu" if DRY else "cuda"
 CACHE_BYTES = 50 << 20  # of an H100's second level: copies in turn are larger, so that each call reads memory
 NUM_REPLAYS = 5
 RUNS_PER_REPLAY = 20  # the host's own time between two is hidden by the device's
+RUNS_EAGER = 2  # a call takes milliseconds, most of them the host's
 
 
-def measure(calls: Sequence[Callable[[], object]]) -> float:
-    """Seconds of one call: the median of replays of a graph of all of them in turn."""
-    for call in calls:
-        call()
+def measure(calls: Sequence[Callable[[], object]], *, is_eager: bool = False) -> float:
+    """Seconds of one call: the median of replays of a graph of all of them in turn, or of the calls themselves."""
+    _in_turn(calls)
     if DRY:
         start = time.perf_counter()
         calls[0]()
         return time.perf_counter() - start
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    run: Callable[[], object] = partial(_in_turn, calls) if is_eager else _recorded(calls).replay
+    num_runs = RUNS_EAGER if is_eager else RUNS_PER_REPLAY
     times = []
     for _ in range(NUM_REPLAYS):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(RUNS_PER_REPLAY):
-            graph.replay()
+        for _ in range(num_runs):
+            run()
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / RUNS_PER_REPLAY / len(calls))
+        times.append((time.perf_counter() - start) / num_runs / len(calls))
     return statistics.median(times)
+
+
+def _recorded(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _in_turn(calls)
+    return graph
+
+
+def _in_turn(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 def add(
@@ -51,10 +62,11 @@ def add(
     num_bytes: float,
     operations: float = 0.0,
     is_fp8: bool = False,
+    is_eager: bool = False,
 ) -> None:
-    """One line, printed as it comes. `is_fp8`: the operations are those of e4m3."""
+    """One line, printed as it comes. `is_fp8`: the operations are those of e4m3. `is_eager`: as in `measure`."""
     try:
-        seconds = measure(calls)
+        seconds = measure(calls, is_eager=is_eager)
     except Exception as error:  # noqa: BLE001  # a case that fails is named, and the others run
         report.left_out.append(f"{what}: {type(error).__name__}: {error}")
         return

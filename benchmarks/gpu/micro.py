@@ -56,6 +56,7 @@ class Case(NamedTuple):
     num_bytes: float
     operations: float = 0.0
     is_fp8: bool = False
+    is_eager: bool = False
 
 
 def run(report: Report, end: float) -> None:
@@ -77,6 +78,7 @@ def cases() -> Iterator[Case]:
     yield from matrix_cases()
     yield from small_cases()
     yield from sample_cases()
+    yield from logprobs_cases()
 
 
 def mixture_cases(mixture: Mixture, kind: str) -> Iterator[Case]:
@@ -109,6 +111,11 @@ def mixture_cases(mixture: Mixture, kind: str) -> Iterator[Case]:
             yield case
             if kind == "bf16" and routing == "uniform":
                 yield from beside(case, *(list(baselines.experts(x, weights, chosen, *layer)) for layer in layers))
+                yield case._replace(
+                    what=f"{case.what}: torch's loop over experts, eager",
+                    calls=[partial(baselines.experts_in_a_loop, x, weights, chosen, *layer) for layer in layers],
+                    is_eager=True,
+                )
 
 
 def beside(case: Case, *calls: list[tuple[str, Callable[[], object]]]) -> Iterator[Case]:
@@ -226,3 +233,18 @@ def sample_cases() -> Iterator[Case]:
             yield case
             if name == "plain":
                 yield from beside(case, list(baselines.sample(logits)))
+
+
+def logprobs_cases() -> Iterator[Case]:
+    """Of Qwen3's vocabulary: a token's own alone, and with as many others as a request may ask for."""
+    for num_rows in (2,) if DRY else (1, 64, 1024):
+        logits = torch.randn(num_rows, 300 if DRY else 151_936, device=DEVICE) * 3
+        chosen = torch.arange(num_rows, device=DEVICE)
+        for num_top in (0, 20):
+            case = Case(
+                f"logprobs, {num_rows} rows, the {num_top} likeliest",
+                [partial(OPS.logprobs, logits, chosen, num_top)],
+                4.0 * logits.numel(),
+            )
+            yield case
+            yield from beside(case, list(baselines.logprobs(logits, chosen, num_top)))

@@ -8,7 +8,7 @@ import dataclasses
 
 from kernels import reference
 from kernels.ops import WeightKernel
-from kernels.triton import attention, cache, elementwise, heads, products, route, sample, weights
+from kernels.triton import attention, cache, elementwise, heads, logprobs, products, route, sample, weights
 
 OPS = dataclasses.replace(
     reference.OPS,
@@ -23,6 +23,7 @@ OPS = dataclasses.replace(
     route=route.route,
     experts=products.experts,
     sample=sample.sample,
+    logprobs=logprobs.logprobs,
     weights={
         "fp32": reference.OPS.weights["fp32"],
         "bf16": WeightKernel(weights.prepare_bf16, products.linear_bf16, weights.stack),

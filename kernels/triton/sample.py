@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.ops import SamplingRow
 from kernels.transfer import send
+from kernels.triton.order import logit_of, read
 
 BLOCK_MAX = 8192  # elements at once, with the 16 warps that share them: 16 a thread
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -59,7 +60,7 @@ def _sample(logits, settings, tokens, stride, V, BLOCK: tl.constexpr):
     temperature, top_k, top_p = tl.load(setting), tl.load(setting + 1).to(tl.int64), tl.load(setting + 2)
     min_p, uniform = tl.load(setting + 3), tl.load(setting + 4)
     best, least, is_number = _extremes(row, V, BLOCK)
-    top = _logit(best)
+    top = logit_of(best)
     if (is_number == 0) | (tl.abs(top) == float("inf")):
         tl.store(tokens + program, tl.full((), -1, tl.int64))
         return
@@ -126,7 +127,7 @@ def _scan(row, V, top, scale, middle, BLOCK: tl.constexpr):
     next_above = tl.full((BLOCK,), 2**31 - 1, tl.int32)
     next_below = tl.full((BLOCK,), -(2**31), tl.int32)
     for first in range(0, V, BLOCK):
-        logit, key = _read(row, V, first, BLOCK)
+        logit, key = read(row, V, first, BLOCK)
         above = key > middle
         count += above.to(tl.int32)
         mass += tl.where(above, tl.exp2((logit - top) * scale), 0.0)
@@ -147,7 +148,7 @@ def _extremes(row, V, BLOCK: tl.constexpr):
     least = tl.full((BLOCK,), 2**31 - 1, tl.int32)
     is_number = tl.full((BLOCK,), 1, tl.int32)
     for first in range(0, V, BLOCK):
-        logit, key = _read(row, V, first, BLOCK)
+        logit, key = read(row, V, first, BLOCK)
         inside = first + tl.arange(0, BLOCK) < V
         best = tl.maximum(best, key)
         least = tl.minimum(least, tl.where(inside, key, 2**31 - 1))
@@ -160,7 +161,7 @@ def _least_worth(row, V, top, scale, min_p, BLOCK: tl.constexpr):
     # The least key whose mass is min_p or more.
     worth = tl.full((BLOCK,), 2**31 - 1, tl.int32)
     for first in range(0, V, BLOCK):
-        logit, key = _read(row, V, first, BLOCK)
+        logit, key = read(row, V, first, BLOCK)
         worth = tl.minimum(worth, tl.where(tl.exp2((logit - top) * scale) >= min_p, key, 2**31 - 1))
     return tl.min(worth).to(tl.int64)
 
@@ -171,7 +172,7 @@ def _nth(row, V, place, rank, BLOCK: tl.constexpr):
     token = tl.full((), -1, tl.int64)
     before = tl.zeros((), tl.int64)
     for first in range(0, V, BLOCK):
-        _, key = _read(row, V, first, BLOCK)
+        _, key = read(row, V, first, BLOCK)
         there = (key == place) & (first + tl.arange(0, BLOCK) < V)
         nth = before + tl.cumsum(there.to(tl.int32), 0) - 1
         found = tl.max(tl.where(there & (nth == rank), tl.arange(0, BLOCK) + 1, 0))
@@ -181,23 +182,6 @@ def _nth(row, V, place, rank, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _read(row, V, first, BLOCK: tl.constexpr):
-    # Logits as they are, and as integers of the same order: the bits, of negative ones inverted but for the sign.
-    place = first + tl.arange(0, BLOCK)
-    logit = tl.load(row + place, mask=place < V, other=float("-inf"))
-    logit = tl.where(logit == 0, 0.0, logit)  # -0 equals 0
-    bits = logit.to(tl.int32, bitcast=True)
-    return logit, bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _logit(key):
-    # The logit of a key.
-    bits = key.to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _mass(key, top, scale):
     # Of one token; never 0, for it divides.
-    return tl.maximum(tl.exp2((_logit(key) - top) * scale), 1e-38).to(tl.float64)
+    return tl.maximum(tl.exp2((logit_of(key) - top) * scale), 1e-38).to(tl.float64)
