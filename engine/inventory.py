@@ -12,13 +12,16 @@ import torch
 from msgspec import Struct
 
 from engine.build import activation_dtype, bytes_per_block, cache_dtype, free_memory_bytes, pick_device
+from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.loader import Checkpoint, open_checkpoint
 from engine.models import ModelSpec
 from engine.models.layers import AUTO
 from engine.models.parameters import Parameter, Shapes, has_format, parameters
+from engine.models.parts import cut, part_of
 from engine.models.spec import Mixture
-from engine.quant import DENSE_FORMATS, FORMATS
+from engine.quant import DENSE_FORMATS, FORMATS, Kept, keep
+from engine.ranks import Ranks
 
 # Bits of a weight as a device's backend keeps it, by layout, its scales apart. Others are unpacked.
 LOADED_BITS: Mapping[str, Mapping[str, int]] = {
@@ -50,42 +53,94 @@ class Kind(Struct, frozen=True):
     bytes: int  # in the checkpoint
 
 
+class Part(Struct, frozen=True, kw_only=True):
+    """What one rank has of the model; one that is alone has all of it."""
+
+    parameters: int
+    loaded_bytes: int  # of weights in memory
+    cache_tokens: int  # that fit into what weights leave of its memory
+
+
 class Inventory(Struct, frozen=True, kw_only=True):
     """A model in numbers, and what an engine with these settings needs for it."""
 
     kinds: tuple[Kind, ...]
     active_parameters: int  # that one token is computed with: of each mixture, the chosen experts
     weights: str
-    loaded_bytes: int  # of weights in memory
     cache: str
-    cache_bytes_per_token: int
-    memory_bytes: int
-    cache_tokens: int  # that fit into what the weights leave of the memory
+    cache_bytes_per_token: int  # at each rank
+    memory_bytes: int  # of the host, which its ranks share; of each GPU
+    parts: tuple[Part, ...]  # by rank
+    cache_tokens: int  # what the rank with the least room allows: all of them keep the same tokens
 
 
-def take_inventory(path: Path, *, weights: str, cache: str, device: str, memory_bytes: int | None) -> Inventory:
+def take_inventory(
+    path: Path,
+    *,
+    weights: str,
+    cache: str,
+    device: str,
+    memory_bytes: int | None,
+    num_ranks: int = 1,
+    experts: str = "sharded",
+) -> Inventory:
     """The folder's model, in an engine with these settings (`EngineConfig`'s) and this memory; None: what is free here.
 
     Raises ModelError where the folder cannot be loaded, EngineMisconfigured where the settings do not suit it.
     """
-    where = torch.device(device) if memory_bytes else pick_device(device)
-    memory_bytes = memory_bytes or free_memory_bytes(where)
+    EngineConfig(ranks=num_ranks, experts=experts)  # refuses what a worker would
+    where = _device(device, num_ranks, is_here=memory_bytes is None)
+    memory_bytes = memory_bytes or _free_bytes(device, num_ranks)
     dtype = activation_dtype(where)
-    with open_checkpoint(path) as (spec, checkpoint):
-        shapes = parameters(spec)
-        bits = _bits(spec, shapes, checkpoint, weights, where.type)
-        loaded_bytes = _loaded_bytes(spec, shapes, bits, LOADED_BITS[where.type][DENSE_FORMATS[dtype]])
-        cache_bytes = bytes_per_block(spec, 1, cache_dtype(cache, dtype))
+    ranks = [Ranks(rank, num_ranks, experts == "whole") for rank in range(num_ranks)]
+    with open_checkpoint(path, ranks[0]) as (spec, checkpoint):
+        whole, shapes = parameters(spec), [_shapes(spec, rank) for rank in ranks]
+        bits = _bits(spec, shapes[0], checkpoint, weights, where.type, ranks[0])
+        dense_bits = LOADED_BITS[where.type][DENSE_FORMATS[dtype]]
+        loaded = [_loaded_bytes(spec, own, bits, dense_bits) for own in shapes]
+        cache_bytes = bytes_per_block(part_of(spec, ranks[0]), 1, cache_dtype(cache, dtype))
+        nums_cached = [max(0, left) // cache_bytes for left in _left_bytes(memory_bytes, loaded, where)]
         return Inventory(
-            kinds=tuple(_kinds(shapes, checkpoint)),
-            active_parameters=_active(spec, shapes),
+            kinds=tuple(_kinds(whole, checkpoint)),
+            active_parameters=_active(spec, whole),
             weights=weights,
-            loaded_bytes=loaded_bytes,
             cache=cache,
             cache_bytes_per_token=cache_bytes,
             memory_bytes=memory_bytes,
-            cache_tokens=max(0, memory_bytes - loaded_bytes) // cache_bytes,
+            parts=tuple(
+                Part(parameters=sum(map(prod, own.values())), loaded_bytes=num_bytes, cache_tokens=num_cached)
+                for own, num_bytes, num_cached in zip(shapes, loaded, nums_cached, strict=True)
+            ),
+            cache_tokens=min(nums_cached),
         )
+
+
+def _left_bytes(memory_bytes: int, loaded: list[int], device: torch.device) -> list[int]:
+    """What each rank may give its cache, beside these weights."""
+    if device.type == "cuda":
+        return [memory_bytes - num_bytes for num_bytes in loaded]
+    return [(memory_bytes - sum(loaded)) // len(loaded)] * len(loaded)
+
+
+def _device(name: str, num_ranks: int, *, is_here: bool) -> torch.device:
+    """Of rank 0. One that is not here can be asked about, too, if its memory is given."""
+    if not is_here and name in LOADED_BITS:
+        return torch.device(name)
+    return pick_device(name, 0, num_ranks)
+
+
+def _free_bytes(device: str, num_ranks: int) -> int:
+    """Of the host, or of the GPU that has the least."""
+    return min(free_memory_bytes(pick_device(device, rank, num_ranks)) for rank in range(num_ranks))
+
+
+def _shapes(spec: ModelSpec, rank: Ranks) -> Shapes:
+    """What the rank has of each parameter."""
+    whole = parameters(spec)
+    return {
+        parameter: tuple(map(len, cut(whole[parameter], shape, rank)))
+        for parameter, shape in parameters(part_of(spec, rank)).items()
+    }
 
 
 def _kinds(shapes: Shapes, checkpoint: Checkpoint) -> Iterable[Kind]:
@@ -110,20 +165,25 @@ def _active(spec: ModelSpec, shapes: Shapes) -> int:
     return total
 
 
-def _bits(spec: ModelSpec, shapes: Shapes, checkpoint: Checkpoint, weights: str, device: str) -> Mapping[str, float]:
-    """What a weight takes in memory, by role, of those that have a format: by the first matrix of each."""
+def _bits(
+    spec: ModelSpec, shapes: Shapes, checkpoint: Checkpoint, weights: str, device: str, rank: Ranks
+) -> Mapping[str, float]:
+    """What a weight takes in memory, by role, of those that have a format: by the first matrix of each.
+
+    Ranks differ in how many matrices they have, and not in how those are kept.
+    """
     if weights not in (AUTO, *FORMATS):
         raise ModelError(f"weights {weights!r} is not one of {', '.join((AUTO, *FORMATS))}")
     bits: dict[str, float] = {}
     for parameter, shape in shapes.items():
         if parameter.role in bits or not has_format(parameter, shape):
             continue
-        if weights == AUTO:
-            kept = checkpoint.take(parameter)
-            bits[parameter.role] = _bits_of(kept.layout, shape[1], kept.num_groups, device)
-        else:
-            made = FORMATS[weights]
-            bits[parameter.role] = _bits_of(made.layout, shape[1], made.num_groups(shape[1]), device)
+        try:
+            # One row is kept as all of them are.
+            kept = checkpoint.take(parameter) if weights == AUTO else keep(_row(shape[1]), FORMATS[weights])
+        except ValueError as error:
+            raise ModelError(f"{parameter}: {error}{rank.note}") from error
+        bits[parameter.role] = _bits_of(kept.layout, shape[1], kept.num_groups, device)
     head = DENSE_FORMATS[activation_dtype(torch.device(device))] if weights == AUTO else FORMATS[weights].head
     if weights != AUTO or spec.tied_embeddings:
         bits["head"] = _bits_of(FORMATS[head].layout, spec.hidden_size, 1, device)
@@ -144,5 +204,9 @@ def _bits_of(layout: str, num_in: int, num_groups: int, device: str) -> float:
 def _loaded_bytes(spec: ModelSpec, shapes: Shapes, bits: Mapping[str, float], dense_bits: int) -> int:
     total = sum(prod(shape) * bits.get(parameter.role, dense_bits) for parameter, shape in shapes.items())
     if spec.tied_embeddings:  # the head is a second copy of the embedding, laid out to be multiplied by
-        total += spec.vocab_size * spec.hidden_size * bits["head"]
+        total += prod(shapes[Parameter("embedding")]) * bits["head"]
     return int(total) // 8
+
+
+def _row(num_in: int) -> Kept:
+    return Kept.plain(torch.zeros(1, num_in))

@@ -13,6 +13,7 @@ from engine.convert import convert
 from engine.errors import EngineMisconfigured, ModelError
 from engine.inventory import LOADED_BITS, Inventory, _bits_of, take_inventory
 from engine.loader import load
+from engine.ranks import ALONE, Ranks
 from kernels.backends import BACKENDS, pick
 from tests.published import published, published_mxfp4
 from tests.tiny_models import tiny_deepseek_v2, tiny_mixtral, tiny_qwen2_moe
@@ -28,8 +29,18 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_mixtral(tmp_path_factory.mktemp("mixtral"), 1, **wide)
 
 
-def inventory(folder: Path, weights: str = "auto", cache: str = "auto", device: str = "cpu") -> Inventory:
-    return take_inventory(folder, weights=weights, cache=cache, device=device, memory_bytes=MEMORY)
+def inventory(
+    folder: Path, weights: str = "auto", cache: str = "auto", device: str = "cpu", num_ranks: int = 1, **more: Any
+) -> Inventory:
+    return take_inventory(
+        folder, weights=weights, cache=cache, device=device, memory_bytes=MEMORY, num_ranks=num_ranks, **more
+    )
+
+
+def loaded_bytes(found: Inventory) -> int:
+    """Of one that is alone."""
+    (part,) = found.parts
+    return part.loaded_bytes
 
 
 def test_every_tensor_is_a_part_of_something(mixtral: Path) -> None:
@@ -65,10 +76,31 @@ def test_weights_take_in_memory_what_is_told(mixtral: Path, tmp_path: Path, weig
     )
     if pick("cpu").name != "cpu":
         pytest.skip("no C++ kernels here: torch's keep int4 twice, and others where nobody can look")
-    model = load(folder, pick("cpu"), weights=weights, dtype=torch.float32)
+    assert loaded_bytes(inventory(folder, weights)) == pytest.approx(bytes_in_memory(folder, weights), rel=0.02)
+
+
+@pytest.mark.parametrize(("num_ranks", "experts"), [(2, "sharded"), (3, "whole")])
+@pytest.mark.parametrize("weights", ["auto", "int4-g128"])
+def test_so_does_what_each_rank_has_of_them(tmp_path: Path, num_ranks: int, experts: str, weights: str) -> None:
+    if pick("cpu").name != "cpu":
+        pytest.skip("as above")
+    sizes = {"hidden_size": 192, "intermediate_size": 384, "vocab_size": 500}  # 3 x 167: the last has less
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 6}
+    folder = tiny_mixtral(tmp_path, 1, tie_word_embeddings=num_ranks == 3, **sizes, **heads)
+    there = inventory(folder, weights, num_ranks=num_ranks, experts=experts)
+    everybodys = sum(kind.parameters for kind in there.kinds if kind.name in ("norms", "router"))
+    again = (num_ranks - 1) * everybodys
+    assert sum(part.parameters for part in there.parts) == sum(kind.parameters for kind in there.kinds) + again
+    for rank, part in enumerate(there.parts):
+        own = Ranks(rank, num_ranks, experts == "whole")
+        assert part.loaded_bytes == pytest.approx(bytes_in_memory(folder, weights, own, 192), rel=0.02)
+
+
+def bytes_in_memory(folder: Path, weights: str, rank: Ranks = ALONE, hidden_size: int = 256) -> int:
+    """Of a rank's weights, but for the routers' padding in two layers: the kernels take blocks of 64 outputs."""
+    model = load(folder, pick("cpu"), weights=weights, dtype=torch.float32, ranks=rank)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_of(model)}
-    padding = 2 * (64 - 4) * 256 * 4  # of the routers in two layers: the kernels take blocks of 64 outputs
-    assert inventory(folder, weights).loaded_bytes == pytest.approx(sum(storages.values()) - padding, rel=0.02)
+    return sum(storages.values()) - 2 * (64 - 4) * hidden_size * 4
 
 
 def tensors_of(value: Any, seen: set[int] | None = None) -> list[Tensor]:
@@ -98,8 +130,8 @@ def test_all_backends_have_kernels_for_the_layouts_that_are_not_unpacked() -> No
 def test_what_has_no_kernel_is_told_as_it_is_unpacked(tmp_path: Path) -> None:
     folder, _ = published_mxfp4(tmp_path)
     on_cpu, on_gpu = inventory(folder), inventory(folder, device="cuda")
-    assert on_cpu.loaded_bytes == 4 * sum(kind.parameters for kind in on_cpu.kinds)
-    assert on_gpu.loaded_bytes < on_cpu.loaded_bytes / 2
+    assert loaded_bytes(on_cpu) == 4 * sum(kind.parameters for kind in on_cpu.kinds)
+    assert loaded_bytes(on_gpu) < loaded_bytes(on_cpu) / 2
     assert 8 * on_cpu.kinds[-2].bytes / on_cpu.kinds[-2].parameters == pytest.approx(4.25, abs=0.6)  # with biases
 
 
@@ -120,9 +152,9 @@ def test_a_weight_takes_its_bits_and_its_scales(layout: str, group: int, on_cpu:
 
 def test_what_others_quantized_is_told_as_we_keep_it(tmp_path: Path) -> None:
     folder, floats = published("awq", tmp_path)
-    assert inventory(folder).loaded_bytes < inventory(floats).loaded_bytes / 3
+    assert loaded_bytes(inventory(folder)) < loaded_bytes(inventory(floats)) / 3
     convert(folder, tmp_path / "new", "auto")
-    assert inventory(tmp_path / "new").loaded_bytes == inventory(folder).loaded_bytes
+    assert loaded_bytes(inventory(tmp_path / "new")) == loaded_bytes(inventory(folder))
 
 
 def test_the_cache_takes_what_the_weights_leave(mixtral: Path) -> None:
@@ -130,9 +162,28 @@ def test_the_cache_takes_what_the_weights_leave(mixtral: Path) -> None:
     for cache, size in [("auto", 4 * token), ("bf16", 2 * token), ("fp8", token), ("int8", token + 2 * 2 * 2 * 4)]:
         there = inventory(mixtral, "int8", cache)
         assert there.cache_bytes_per_token == size
-        assert there.cache_tokens == (MEMORY - there.loaded_bytes) // size
+        assert there.cache_tokens == (MEMORY - loaded_bytes(there)) // size
     tight = take_inventory(mixtral, weights="auto", cache="auto", device="cpu", memory_bytes=1000)
     assert tight.cache_tokens == 0
+
+
+def test_ranks_share_a_host_and_have_a_gpu_each(mixtral: Path) -> None:
+    for device in ("cpu", "cuda"):
+        alone = loaded_bytes(inventory(mixtral, "int4", device=device))
+        there = inventory(mixtral, "int4", "bf16", device, num_ranks=2)
+        first, second = there.parts
+        assert there.cache_bytes_per_token == 2 * 2 * 64 * 2  # layers, keys and values, one of two heads
+        taken = first.loaded_bytes + second.loaded_bytes
+        assert alone < taken < 1.1 * alone  # norms and routers twice
+        left = (MEMORY - taken) // 2 if device == "cpu" else MEMORY - first.loaded_bytes
+        assert first.cache_tokens == left // there.cache_bytes_per_token
+
+
+def test_the_rank_with_the_least_room_decides(tmp_path: Path) -> None:
+    there = inventory(tiny_mixtral(tmp_path, num_local_experts=3), num_ranks=2, experts="whole", device="cuda")
+    first, second = there.parts
+    assert second.parameters > first.parameters, "two experts of three"
+    assert there.cache_tokens == second.cache_tokens < first.cache_tokens
 
 
 def test_settings_that_cannot_be_are_named(mixtral: Path, tmp_path: Path) -> None:
@@ -142,6 +193,26 @@ def test_settings_that_cannot_be_are_named(mixtral: Path, tmp_path: Path) -> Non
         inventory(mixtral, weights="int3")
     with pytest.raises(EngineMisconfigured, match="latents"):
         inventory(tiny_deepseek_v2(tmp_path), cache="int8")
+    with pytest.raises(EngineMisconfigured, match=r"can have 1, 2, 4 ranks"):
+        inventory(mixtral, num_ranks=3)
+    with pytest.raises(EngineMisconfigured, match=r"experts 'cut'"):
+        inventory(mixtral, num_ranks=2, experts="cut")
+    with pytest.raises(EngineMisconfigured, match=r"16 or less"):
+        inventory(mixtral, num_ranks=17)
+    with pytest.raises(EngineMisconfigured, match=r"device 'tpu'"):
+        inventory(mixtral, device="tpu")
+
+
+def test_a_format_that_a_part_cannot_have_is_refused_as_it_is_when_loaded(tmp_path: Path) -> None:
+    folder = tiny_mixtral(tmp_path, 1, intermediate_size=96)
+    inventory(folder, "int4")
+    with pytest.raises(ModelError, match=r"expert\.down.*multiple of 32.*one of 2 ranks"):
+        inventory(folder, "int4", num_ranks=2)
+    inventory(folder, "int4", num_ranks=2, experts="whole")
+
+
+def test_a_given_memory_goes_with_the_device_that_is_chosen(mixtral: Path) -> None:
+    assert inventory(mixtral, device="auto").memory_bytes == MEMORY
 
 
 def test_the_command_tells_it(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,5 +237,14 @@ def test_the_command_tells_it(mixtral: Path, capsys: pytest.CaptureFixture[str])
     table = capsys.readouterr().out
     assert f"{told['engine']['cache_tokens']:,}" in table
     assert "active for one token" in table
+    assert main([*asked, "--ranks", "2", "--experts", "whole", "--json"]) == 0
+    parts = json.loads(capsys.readouterr().out)["engine"]["parts"]
+    assert main([*asked, "--ranks", "2", "--experts", "whole"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for rank, part in enumerate(parts):
+        megabytes = f"{part['loaded_bytes'] / 1e6:,.0f}"
+        assert [str(rank), f"{part['parameters']:,}", megabytes, f"{part['cache_tokens']:,}"] in lines
+    assert main(["model", "inspect", str(mixtral), "--ranks", "3"]) == 78
+    assert "can have 1, 2, 4 ranks" in capsys.readouterr().err
     assert main(["model", "inspect", str(mixtral), "--cache", "int3"]) == 78
     assert "int3" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from cyclopts import App
@@ -83,17 +83,22 @@ def inspect(
     weights: str = "auto",
     cache: str = "auto",
     device: str = "auto",
+    ranks: Annotated[int, between(1, 16)] = 1,
+    experts: Literal["sharded", "whole"] = "sharded",
     memory_gb: Annotated[float, between(0.001, 1e6)] | None = None,
     json: Json = False,
 ) -> None:
     """Say what a model is, and how much of a machine it will take: its parts, and the tokens that its cache may hold.
 
-    By its name if it was fetched, or by its folder. `weights`, `cache` and `device` are those of a worker's engine; the
-    memory is what is free here, unless it is given, in GB of 10^9 bytes. Sizes in memory are estimates; a worker gives
-    the cache a share of what its weights leave, on a GPU what a step takes besides.
+    By its name if it was fetched, or by its folder. `weights`, `cache`, `device`, `ranks` and `experts` are those of a
+    worker's engine; the memory, of each GPU or of the host, is what is free here, unless it is given, in GB of 10^9
+    bytes. Sizes in memory are estimates; a worker gives the cache a share of what its weights leave, on a GPU what a
+    step takes besides. Several ranks have a part of the weights and of each token's cache each; the cache holds what
+    the rank with the least room allows.
 
         tokenmill model inspect smollm2-moe
         tokenmill model inspect ./Mixtral-8x7B-v0.1 --weights int4 --cache fp8 --device cuda --memory-gb 80
+        tokenmill model inspect ./Mixtral-8x7B-v0.1 --ranks 4 --experts whole --device cuda --memory-gb 80
     """
     from engine.errors import EngineMisconfigured, ModelError
     from engine.inventory import take_inventory  # brings torch
@@ -106,6 +111,8 @@ def inspect(
             cache=cache,
             device=device,
             memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
+            num_ranks=ranks,
+            experts=experts,
         )
     except ModelError as error:
         refusal = str(error)
@@ -142,11 +149,20 @@ def _print_inventory(inventory: "Inventory") -> None:
     needs = {
         "parameters": f"{sum(kind.parameters for kind in inventory.kinds):,}",
         "active for one token": f"{inventory.active_parameters:,}",
-        f"weights in memory ({inventory.weights})": f"{inventory.loaded_bytes / 1e6:,.0f} MB",
-        f"a token in the cache ({inventory.cache})": f"{inventory.cache_bytes_per_token:,} bytes",
+        f"weights in memory ({inventory.weights})": f"{sum(p.loaded_bytes for p in inventory.parts) / 1e6:,.0f} MB",
+        f"a token in a rank's cache ({inventory.cache})": f"{inventory.cache_bytes_per_token:,} bytes",
         f"tokens in what is left of {inventory.memory_bytes / 1e9:,.1f} GB": f"{inventory.cache_tokens:,}",
     }
     print_table(("needs", ""), needs.items())
+    if len(inventory.parts) > 1:
+        print()
+        print_table(
+            ("rank", "parameters", "MB", "tokens in what is left"),
+            [
+                (rank, f"{part.parameters:,}", f"{part.loaded_bytes / 1e6:,.0f}", f"{part.cache_tokens:,}")
+                for rank, part in enumerate(inventory.parts)
+            ],
+        )
 
 
 @app.command
