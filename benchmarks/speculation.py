@@ -4,9 +4,10 @@ Owns three tables. The first is c(q): a step with q tokens for each sequence, in
 q - 1 drafts costs on this machine and with these weights. The second is what each drafter is like when it must draft:
 how many of its drafts are kept, what one pass of it costs in steps, and how much faster the whole is, in turn with
 plain decoding. The third is what the engine makes of it, which drafts where that pays by what it has learned. The demo
-model on our own prose and code, on code to be copied, as when a file is edited, and on noise of thirty tokens, in which
-much looks as if it came again and next to nothing does. Greedily but for the noise; for one sequence and for eight.
-Some fifteen minutes; on a machine that others use too, one thread and its processor time tell more: `--shared`.
+model on prose and code that do not move (`benchmarks/texts/`), on code to be copied, as when a file is edited, and on
+noise of thirty tokens, in which much looks as if it came again and next to nothing does. Greedily but for the noise;
+for one sequence and for eight. Some fifteen minutes; on a machine that others use too, one thread and its processor
+time tell more: `--shared`.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from worker.folders import model_folder
 from worker.text import Tokenizer, load_tokenizer
 
 DEMO_MODEL = "smollm2-moe"
-ROOT = Path(__file__).parents[1]
+TEXTS = Path(__file__).parent / "texts"  # as our own files once were: what is compared must not move
 PROMPT_TOKENS = 320
 OUTPUT_TOKENS = 96
 BATCHES = (1, 8)
@@ -199,8 +200,8 @@ def run(core: Core) -> Run:
 
 def texts(tokenizer: Tokenizer) -> dict[str, list[tuple[int, ...]]]:
     """Eight prompts of each kind."""
-    prose = cut(tokenizer, "docs/architecture.md", "docs/operations.md", "docs/log.md", "README.md")
-    code = cut(tokenizer, "worker/service.py", "worker/partition.py", "engine/scheduler.py", "engine/sequence.py")
+    prose = cut(tokenizer, "prose.md", "operations.md", "log.md", "readme.md")
+    code = cut(tokenizer, "code.py.txt", "partition.py.txt", "scheduler.py.txt", "sequence.py.txt")
     copied = [prompt[:128] * 2 + prompt[:64] for prompt in code]
     dice = random.Random(1)
     noise = [tuple(dice.choices(range(100, 100 + NOISE_TOKENS), k=PROMPT_TOKENS)) for _ in range(max(BATCHES))]
@@ -208,10 +209,10 @@ def texts(tokenizer: Tokenizer) -> dict[str, list[tuple[int, ...]]]:
 
 
 def cut(tokenizer: Tokenizer, *names: str) -> list[tuple[int, ...]]:
-    """Two pieces of each file, of PROMPT_TOKENS."""
+    """Two pieces of each text, of PROMPT_TOKENS."""
     pieces: list[tuple[int, ...]] = []
     for name in names:
-        tokens = tokenizer.encode((ROOT / name).read_text()[:8000], 100_000)
+        tokens = tokenizer.encode((TEXTS / name).read_text(), 100_000)
         pieces += [tokens[start : start + PROMPT_TOKENS] for start in (0, PROMPT_TOKENS)]
     return pieces
 
