@@ -37,7 +37,7 @@ KINDS = {
     "embedding": ("embedding",),
     "head": ("head",),
     "norms": ("norm",),
-    "router": ("router", "router_bias", "shared_gate"),
+    "router": ("router", "router_bias", "router_balance", "shared_gate"),
     "experts": ("expert.",),
     "shared experts": ("shared.",),
     "attention": ("attention.", "latent."),

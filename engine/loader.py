@@ -21,7 +21,7 @@ from engine.errors import ModelError
 from engine.models import ARCHITECTURES, Architecture, Decoder, ModelSpec
 from engine.models.hf import GenerationConfig, token_ids
 from engine.models.layers import AUTO, Weights
-from engine.models.parameters import Parameter, parameters
+from engine.models.parameters import Parameter, Shapes, parameters
 from engine.models.parts import Cut, cut, part_of
 from engine.quant import DENSE_FORMATS, FORMATS, Kept
 from engine.ranks import ALONE, Ranks
@@ -79,17 +79,18 @@ def open_checkpoint(
 
     Raises EngineMisconfigured where the ranks cannot share the model.
     """
-    architecture, spec, scheme = _understand(path)
+    architecture, whole, scheme = _understand(path)
+    spec = replace(whole, draft_layers=())
     with ExitStack() as files:
         shards = [files.enter_context(open_shard(file)) for file in _shard_files(path)]
         checkpoint = Checkpoint(architecture, scheme, shards, ranks, progress)
-        checkpoint.check(spec)
+        checkpoint.check(spec, whole)
         yield spec, checkpoint
 
 
 def read_spec(path: Path) -> ModelSpec:
     """What the folder's model is, without its weights. Raises ModelError as `load` does."""
-    return _understand(path)[1]
+    return replace(_understand(path)[1], draft_layers=())
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -133,23 +134,29 @@ class Checkpoint:
         self._progress = progress
         self._bytes_total = self._bytes_done = 0
 
-    def check(self, spec: ModelSpec) -> None:
+    def check(self, spec: ModelSpec, whole: ModelSpec) -> None:
         """From now on `take` gives every parameter of the rank's part of the model.
 
+        `whole`: the same model with all layers for multi-token prediction that may be there.
         Raises ModelError for a tensor that is missing, misshapen, of a type that we do not read, or there without need.
         """
         shapes, parts = parameters(spec), parameters(part_of(spec, self._ranks))
-        num_alike = Counter((parameter.role, parameter.layer) for parameter in shapes)
-        for parameter, shape in shapes.items():
-            source = self._source(parameter, shape, num_alike[parameter.role, parameter.layer])
+        self._sources = self._sources_of(shapes)
+        for source in self._sources.values():
             for stored in source.tensors.values():
                 self._verify(stored)
-            self._sources[parameter] = source
         for parameter, shape in parts.items():
             self._bytes_total += self._bytes_of(self._sources[parameter])
             if shape != shapes[parameter]:
                 self._cuts[parameter] = cut(shapes[parameter], shape, self._ranks)
-        self._refuse_surplus(spec)
+        self._refuse_surplus(whole)
+
+    def _sources_of(self, shapes: Shapes) -> dict[Parameter, Source]:
+        num_alike = Counter((parameter.role, parameter.layer) for parameter in shapes)
+        return {
+            parameter: self._source(parameter, shape, num_alike[parameter.role, parameter.layer])
+            for parameter, shape in shapes.items()
+        }
 
     def _source(self, parameter: Parameter, shape: tuple[int, ...], num_alike: int) -> Source:
         architecture = self._architecture
@@ -167,11 +174,14 @@ class Checkpoint:
         if there.dtype not in stored.dtypes:
             raise ModelError(f"tensor {stored.name} is of type {there.dtype}, not one of {', '.join(stored.dtypes)}")
 
-    def _refuse_surplus(self, spec: ModelSpec) -> None:
-        used = {stored.name for source in self._sources.values() for stored in source.tensors.values()}
-        if spec.tied_embeddings:
-            used.add(self._architecture.tensor_name(Parameter("head")))  # a second copy of the embedding
-        unused = [name for name in self._entries if name not in used]
+    def _refuse_surplus(self, whole: ModelSpec) -> None:
+        sources = self._sources_of(parameters(whole)).values()
+        known = {stored.name for source in sources for stored in source.tensors.values()}
+        copies = [Parameter("head")] if whole.tied_embeddings else []  # of the embedding
+        for layer in range(len(whole.layers), len(whole.layers + whole.draft_layers)):
+            copies += [Parameter("draft.embedding", layer), Parameter("draft.head", layer)]
+        known |= set(map(self._architecture.tensor_name, copies))
+        unused = [name for name in self._entries if name not in known]
         if surplus := [name for name in unused if not self._is_ignored(name)]:
             raise ModelError(
                 f"tensor {min(surplus)} and {len(surplus) - 1} others belong to no part of the model that config.json "

@@ -121,6 +121,9 @@ class Route(Protocol):
     score: "softmax" over all experts; "sigmoid" of each; "unit": the chosen count 1 each. The weights are made to sum
     to 1 where `renormalise` says so, then multiplied by `scale`. With more than one group (of E / num_groups
     neighbouring experts), only those of the `groups_chosen` groups with the largest single logit can be chosen.
+
+    With `bias` (E,) fp32 experts are chosen by score + bias instead, and groups by the sum of their two largest such;
+    the weights are the scores all the same.
     """
 
     def __call__(
@@ -132,8 +135,9 @@ class Route(Protocol):
         scale: float = 1.0,
         num_groups: int = 1,
         groups_chosen: int = 1,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Each token's experts, of falling logit, and their weights."""
+        """Each token's experts, the first choice first, and their weights."""
         ...
 
 

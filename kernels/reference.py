@@ -143,24 +143,29 @@ def route(
     scale: float = 1.0,
     num_groups: int = 1,
     groups_chosen: int = 1,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The experts of the largest logits, by which all scores rise; the lower expert, and the lower group, on ties.
 
-    Groups as in DeepSeek-V2 (arXiv 2405.04434, 2.2.2). Raises ValueError for an unknown score.
+    Groups as in DeepSeek-V2 (arXiv 2405.04434, 2.2.2); with a bias, which balances the experts' load, as in DeepSeek-V3
+    (arXiv 2412.19437, 2.1.2). Raises ValueError for an unknown score.
     """
     logits = logits.float()
-    eligible = _within_best_groups(logits, num_groups, groups_chosen) if num_groups > 1 else logits
+    scores = _scores(logits, score)
+    ranks, num_best = (logits, 1) if bias is None else (scores + bias, 2)  # what the choice is by, and a group's of it
+    eligible = _within_best_groups(ranks, num_groups, groups_chosen, num_best) if num_groups > 1 else ranks
     experts = eligible.sort(dim=-1, descending=True, stable=True).indices[:, :num_chosen]  # (T, K)
-    chosen = _scores(logits, score).gather(-1, experts)
+    chosen = scores.gather(-1, experts)
     return scale * (chosen / chosen.sum(-1, keepdim=True) if renormalise else chosen), experts
 
 
-def _within_best_groups(logits: Tensor, num_groups: int, groups_chosen: int) -> Tensor:
-    """The logits (T, E), with -inf for the experts of all but the best groups."""
-    best = logits.view(len(logits), num_groups, -1).amax(-1)  # (T, groups)
+def _within_best_groups(ranks: Tensor, num_groups: int, groups_chosen: int, num_best: int) -> Tensor:
+    """The ranks (T, E), with -inf for the experts of all but the groups whose `num_best` best have the largest sum."""
+    grouped = ranks.view(len(ranks), num_groups, -1)
+    best = grouped.topk(min(num_best, grouped.shape[-1]), dim=-1).values.sum(-1)  # (T, groups)
     groups = best.sort(dim=-1, descending=True, stable=True).indices[:, :groups_chosen]
     excluded = torch.ones_like(best, dtype=torch.bool).scatter_(-1, groups, False)
-    return logits.masked_fill(excluded.repeat_interleave(logits.shape[-1] // num_groups, dim=-1), -torch.inf)
+    return ranks.masked_fill(excluded.repeat_interleave(ranks.shape[-1] // num_groups, dim=-1), -torch.inf)
 
 
 def _scores(logits: Tensor, score: str) -> Tensor:

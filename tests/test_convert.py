@@ -39,7 +39,7 @@ def test_it_has_the_logits_of_its_source_in_the_format(mixtral: Path, tmp_path: 
     assert torch.equal(model_logits(tmp_path / "new", AUTO, table), model_logits(mixtral, weights, table))
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "deepseek-v2", "qwen2-moe", "mistral"])
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek-v2", "deepseek-v3", "qwen2-moe", "mistral"])
 def test_so_has_every_kind_of_model(tmp_path: Path, name: str) -> None:
     source = tiny(name, tmp_path)
     convert(source, tmp_path / "new", "int4")

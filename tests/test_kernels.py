@@ -497,6 +497,26 @@ def test_route_looks_into_the_best_groups_only(any_ops: Ops) -> None:
     assert_close(summed.sum(-1), torch.tensor([2.0, 2.0]), 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("score", "num_groups", "groups_chosen"), [("sigmoid", 1, 1), ("sigmoid", 4, 2), ("unit", 3, 1)]
+)
+def test_a_bias_moves_the_choice_and_not_the_weights(
+    any_ops: Ops, score: str, num_groups: int, groups_chosen: int
+) -> None:
+    """DeepSeek-V3's choice (arXiv 2412.19437, 2.1.2), expert by expert: groups by the sum of their two best."""
+    logits, bias = torch.randn(20, 12), torch.randn(12)
+    weights, chosen = any_ops.route(logits, 3, score, False, 2.5, num_groups, groups_chosen, bias)
+    size = 12 // num_groups
+    for row, own_weights, own in zip(logits.tolist(), weights, chosen.tolist(), strict=True):
+        scores = [1 / (1 + math.exp(-one)) if score == "sigmoid" else 1.0 for one in row]
+        ranks = [one + more for one, more in zip(scores, bias.tolist(), strict=True)]
+        groups = [range(first, first + size) for first in range(0, 12, size)]
+        best = sorted(groups, key=lambda group: -sum(sorted(ranks[expert] for expert in group)[-2:]))[:groups_chosen]
+        eligible = sorted((expert for group in best for expert in group), key=lambda expert: -ranks[expert])
+        assert own == eligible[:3]
+        assert_close(own_weights, 2.5 * torch.tensor([scores[expert] for expert in own]), 1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 

@@ -20,7 +20,7 @@ from engine.models import Decoder
 from kernels.ops import Ops, WeightKernel
 from kernels.reference import OPS
 from tests.parity import TOKENS, logits
-from tests.tiny_models import tiny, tiny_llama, tiny_mixtral
+from tests.tiny_models import tiny, tiny_llama, tiny_mixtral, with_draft_layer
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
@@ -100,6 +100,15 @@ class TestFolders:
         embedding = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
         _rewrite(llama, {"lm_head.weight": embedding, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)})
         assert torch.equal(logits(_load(llama), [TOKENS]), before)
+
+    def test_a_layer_for_multi_token_prediction_is_known_and_changes_nothing(self, tmp_path: Path) -> None:
+        path = tiny("deepseek-v3", tmp_path)
+        before = logits(_load(path), [TOKENS])
+        with_draft_layer(path)
+        assert torch.equal(logits(_load(path), [TOKENS]), before)
+        assert len(read_spec(path).draft_layers) == 0
+        _rewrite(path, {"model.layers.3.enorm.weight": torch.ones(64)})  # of a second one, which the config has not
+        _refused(path, r"tensor model.layers.3.enorm.weight and 0 others")
 
 
 class TestDamagedFolders:
@@ -262,6 +271,11 @@ class TestHostileFolders:
             ("deepseek-v2", "num_key_value_heads", 2),
             ("deepseek-v2", "attention_bias", True),
             ("deepseek-v2", "qk_rope_head_dim", 7),
+            ("deepseek-v3", "scoring_func", "softmax"),
+            ("deepseek-v3", "topk_method", "group_limited_greedy"),
+            ("deepseek-v3", "n_group", 5),
+            ("deepseek-v3", "rope_interleave", False),
+            ("deepseek-v3", "num_nextn_predict_layers", 17),
             ("gpt-oss", "rope_parameters", None),
         ],
     )

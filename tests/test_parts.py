@@ -36,6 +36,7 @@ SHAPES = [
     "gpt-oss",  # sinks, windows, biases everywhere
     "deepseek-v2",
     "deepseek-v2, as lite",
+    "deepseek-v3",  # a bias in the choice of experts
 ]
 
 

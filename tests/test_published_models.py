@@ -1,5 +1,6 @@
 """The published models' own configurations make models of their published sizes, without a byte of their weights."""
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -18,7 +19,7 @@ _QWEN3 = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,
 }
-_DEEPSEEK = {
+_DEEPSEEK: dict[str, Any] = {
     "vocab_size": 102400,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
@@ -203,6 +204,33 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], float]] = {
         },
         235.7,
     ),
+    "DeepSeek-V3": (
+        "DeepseekV3ForCausalLM",
+        _DEEPSEEK
+        | {
+            "vocab_size": 129280,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "moe_intermediate_size": 2048,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "q_lora_rank": 1536,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 3,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": True,
+            "n_group": 8,
+            "topk_group": 4,
+            "routed_scaling_factor": 2.5,
+            "num_nextn_predict_layers": 1,
+            "rope_scaling": _DEEPSEEK["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        671.0,
+    ),
 }
 
 
@@ -241,8 +269,21 @@ def test_parameters_are_looked_for_by_the_names_of_published_index_files(name: s
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_configuration_makes_a_model_of_its_published_size(name: str) -> None:
     architecture, config, billions = PUBLISHED[name]
-    spec = ARCHITECTURES[architecture].spec_from_config(config)
+    spec = replace(ARCHITECTURES[architecture].spec_from_config(config), draft_layers=())
     assert sum(map(prod, parameters(spec).values())) / 1e9 == pytest.approx(billions, rel=0.004)
+
+
+def test_the_layer_for_multi_token_prediction_has_its_published_size_and_names() -> None:
+    """14 billion with the copies of the embedding and the head, says DeepSeek-V3's model card, which has the names."""
+    architecture, config, _ = PUBLISHED["DeepSeek-V3"]
+    spec = ARCHITECTURES[architecture].spec_from_config(config)
+    own = {parameter: shape for parameter, shape in parameters(spec).items() if parameter.layer == 61}
+    copies = 2 * spec.vocab_size * spec.hidden_size
+    assert (sum(map(prod, own.values())) + copies) / 1e9 == pytest.approx(13.5, abs=0.5)
+    names = {
+        ARCHITECTURES[architecture].tensor_name(parameter) for parameter in own if parameter.role.startswith("draft")
+    }
+    assert names == {f"model.layers.61.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm")}
 
 
 def test_the_cache_of_latents_is_small() -> None:

@@ -47,6 +47,23 @@ def test_experts_in_groups_are_the_definitions(
     torch.testing.assert_close(actual[0], expected[0])
 
 
+@pytest.mark.parametrize(
+    ("num_experts", "num_chosen", "num_groups", "groups_chosen"),
+    [(12, 3, 1, 1), (60, 6, 5, 3), (256, 8, 8, 4), (6, 2, 6, 2)],
+)
+def test_a_choice_with_a_bias_is_the_definitions(
+    num_experts: int, num_chosen: int, num_groups: int, groups_chosen: int
+) -> None:
+    logits, bias = torch.randn(4, num_experts).bfloat16(), torch.randn(num_experts)
+    bias[::3] = 0.5  # so that some are equal
+    actual, expected = (
+        table.route(logits, num_chosen, "sigmoid", True, 2.5, num_groups, groups_chosen, bias)
+        for table in (OPS, reference.OPS)
+    )
+    assert torch.equal(actual[1], expected[1])
+    torch.testing.assert_close(actual[0], expected[0])
+
+
 def test_logits_that_are_not_numbers_choose_experts_that_there_are() -> None:
     logits = torch.full((2, 5), torch.nan)
     logits[1, 3] = 1.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny_tokenizer import save_byte_level
@@ -116,6 +117,16 @@ def tiny_deepseek_v2(tmp: Path, seed: int = 0, **shape: Any) -> Path:
     return _save(tmp / f"deepseek_v2-{seed}", seed, transformers.DeepseekV2ForCausalLM, config)
 
 
+def tiny_deepseek_v3(tmp: Path, seed: int = 0, **shape: Any) -> Path:
+    """A folder with a random fp32 DeepSeek-V3 checkpoint; `shape` overrides fields of its DeepseekV3Config."""
+    experts = {"n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "n_shared_experts": 1}
+    groups = {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+    latent = {"kv_lora_rank": 24, "q_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 24}
+    rope = {"rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0}}
+    config = transformers.DeepseekV3Config(**_SHAPE | experts | groups | latent | rope | shape)
+    return _save(tmp / f"deepseek_v3-{seed}", seed, transformers.DeepseekV3ForCausalLM, config)
+
+
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -203,8 +214,44 @@ SHAPES: dict[str, Shape] = {
         tiny_deepseek_v2,
         {"first_k_dense_replace": 0, "qk_rope_head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 8},
     ),
+    "deepseek-v3": (tiny_deepseek_v3, {}),
+    "deepseek-v3, one group, no latent queries, weights as they are": (
+        tiny_deepseek_v3,
+        {
+            "n_group": 1,
+            "topk_group": 1,
+            "q_lora_rank": None,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    ),
     "qwen3, biases, tied": (tiny_qwen3, {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 24}),
 }
+
+
+def with_draft_layer(path: Path, seed: int = 0) -> Path:
+    """The folder, whose checkpoint now has DeepSeek-V3's layer for multi-token prediction, random like the others.
+
+    It has every tensor of the last layer, and those that the published files have beside them (arXiv 2412.19437, 2.2).
+    """
+    tensors = load_file(path / "model.safetensors")
+    last = max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers."))
+    dice, hidden = torch.Generator().manual_seed(seed), tensors["model.norm.weight"].shape[0]
+
+    def like(tensor: Tensor) -> Tensor:
+        spread, mean = (0.2, 1.0) if tensor.dim() == 1 else (INITIALIZER_RANGE, 0.0)
+        return mean + spread * torch.randn(tensor.shape, generator=dice)
+
+    source, prefix = f"model.layers.{last}.", f"model.layers.{last + 1}."
+    new = {prefix + name.removeprefix(source): like(one) for name, one in tensors.items() if name.startswith(source)}
+    new |= {f"{prefix}{name}.weight": like(torch.empty(hidden)) for name in ("enorm", "hnorm", "shared_head.norm")}
+    new[f"{prefix}eh_proj.weight"] = like(torch.empty(hidden, 2 * hidden))
+    new[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    new[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors | new, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def tiny(name: str, tmp: Path, seed: int = 0) -> Path:
@@ -246,6 +293,9 @@ def _save(path: Path, seed: int, model_class: Any, config: Any) -> Path:
             # Norms start as ones and biases as zeros, which would hide that one is left out.
             if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter.data += 0.2 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("_bias"):  # DeepSeek-V3's, by which experts are chosen
+                buffer.add_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(path)
     return path
 

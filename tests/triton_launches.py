@@ -184,6 +184,9 @@ LAUNCHES: Mapping[str, Callable[[], object]] = {
     "fp8 experts of 64 tokens in blocks, Mixtral": partial(mix, MIXTRAL_EXPERTS, "fp8-blocks", 64),
     "fp8 experts of 1024 tokens in blocks, Mixtral": partial(mix, MIXTRAL_EXPERTS, "fp8-blocks", 1024),
     "route, Qwen3-30B-A3B": partial(route.route, tensor(8, 128), 8, "softmax", True),
+    "route, DeepSeek-V3": partial(
+        route.route, tensor(8, 256), 8, "sigmoid", True, 2.5, 8, 4, tensor(256, dtype=torch.float32)
+    ),
     "route, DeepSeek-V2": partial(route.route, tensor(8, 160), 6, "softmax", False, 16.0, 8, 3),
     "sample, Qwen3-30B-A3B": partial(choose, 151_936),
     "logprobs, Qwen3-30B-A3B": partial(tell_logprobs, 151_936),

@@ -1,6 +1,7 @@
 """DeepSeek-V2 and V2-Lite (`DeepseekV2ForCausalLM`, arXiv 2405.04434), as data."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -14,8 +15,8 @@ from engine.models.spec import Dense, FeedForward, Latent, Mixture
 LATENT_NORM_EPS = 1e-6
 
 
-class DeepseekV2Config(DecoderConfig, kw_only=True):
-    """DeepSeek-V2's own fields: `intermediate_size` is that of the first layers, which have no experts."""
+class DeepseekConfig(DecoderConfig, kw_only=True):
+    """The fields that V2 and V3 share: `intermediate_size` is that of the first layers, which have no experts."""
 
     kv_lora_rank: Size
     q_lora_rank: Size | None = None
@@ -29,29 +30,27 @@ class DeepseekV2Config(DecoderConfig, kw_only=True):
     first_k_dense_replace: Annotated[int, Meta(ge=0)] = 0
     moe_layer_freq: int = 1
     routed_scaling_factor: Positive = 1.0
-    scoring_func: Literal["softmax"] = "softmax"
-    topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
     n_group: Experts | None = None
     topk_group: Experts | None = None
-    norm_topk_prob: bool = False
 
-    def feed_forwards(self) -> Sequence[FeedForward]:
-        """Dense layers, then routed experts beside shared ones, which are one expert of their joint size."""
-        require(self.moe_layer_freq == 1, f"moe_layer_freq {self.moe_layer_freq} is not supported, only 1")
-        require(not self.norm_topk_prob, "norm_topk_prob is not supported, only false")
-        num_groups, groups_chosen = self._groups()
-        mixture = Mixture(
+    def mixture(self) -> Mixture:
+        """Routed experts beside shared ones, which are one expert of their joint size."""
+        num_groups, groups_chosen = self.groups()
+        return Mixture(
             num_experts=self.n_routed_experts,
             num_chosen=self.num_experts_per_tok,
             intermediate=self.moe_intermediate_size,
             shared_intermediate=self.n_shared_experts * self.moe_intermediate_size,
-            renormalise=False,
             scale=self.routed_scaling_factor,
             num_groups=num_groups,
             groups_chosen=groups_chosen,
         )
+
+    def feed_forwards(self) -> Sequence[FeedForward]:
+        """Dense layers, then mixtures."""
+        require(self.moe_layer_freq == 1, f"moe_layer_freq {self.moe_layer_freq} is not supported, only 1")
         num_dense = min(self.first_k_dense_replace, self.num_hidden_layers)
-        return [Dense(self.intermediate_size)] * num_dense + [mixture] * (self.num_hidden_layers - num_dense)
+        return [Dense(self.intermediate_size)] * num_dense + [self.mixture()] * (self.num_hidden_layers - num_dense)
 
     def mixers(self) -> Sequence[Latent]:
         """The same in every layer."""
@@ -72,10 +71,8 @@ class DeepseekV2Config(DecoderConfig, kw_only=True):
         )
         return [mixer] * self.num_hidden_layers
 
-    def _groups(self) -> tuple[int, int]:
+    def groups(self) -> tuple[int, int]:
         """How many groups of experts there are, and how many of them a token may choose from."""
-        if self.topk_method == "greedy":
-            return 1, 1
         groups, chosen = self.n_group or 1, self.topk_group or 1
         require(self.n_routed_experts % groups == 0, f"n_routed_experts is not a multiple of n_group {groups}")
         require(chosen <= groups, f"topk_group {chosen} is more than n_group {groups}")
@@ -84,24 +81,40 @@ class DeepseekV2Config(DecoderConfig, kw_only=True):
         return groups, chosen
 
 
+class DeepseekV2Config(DeepseekConfig, kw_only=True):
+    """DeepSeek-V2's own fields."""
+
+    scoring_func: Literal["softmax"] = "softmax"
+    topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
+    norm_topk_prob: bool = False
+
+    def mixture(self) -> Mixture:
+        """Weights as the softmax has them."""
+        require(not self.norm_topk_prob, "norm_topk_prob is not supported, only false")
+        return replace(super().mixture(), renormalise=False)
+
+    def groups(self) -> tuple[int, int]:
+        """One, unless the method says otherwise."""
+        return (1, 1) if self.topk_method == "greedy" else super().groups()
+
+
 _ATTENTION, _MLP = f"{names.LAYER}.self_attn", f"{names.LAYER}.mlp"
 
-ARCHITECTURE = Architecture(
-    config=DeepseekV2Config,
-    names={
-        **names.BASE,
-        **names.DENSE,
-        **names.ROUTED,
-        "attention.output": names.ATTENTION["attention.output"],
-        "latent.query": f"{_ATTENTION}.q_proj.weight",
-        "latent.query_down": f"{_ATTENTION}.q_a_proj.weight",
-        "latent.query_norm": f"{_ATTENTION}.q_a_layernorm.weight",
-        "latent.query_up": f"{_ATTENTION}.q_b_proj.weight",
-        "latent.down": f"{_ATTENTION}.kv_a_proj_with_mqa.weight",
-        "latent.norm": f"{_ATTENTION}.kv_a_layernorm.weight",
-        "latent.up": f"{_ATTENTION}.kv_b_proj.weight",
-        "shared.gate": f"{_MLP}.shared_experts.gate_proj.weight",
-        "shared.up": f"{_MLP}.shared_experts.up_proj.weight",
-        "shared.down": f"{_MLP}.shared_experts.down_proj.weight",
-    },
-)
+NAMES = {
+    **names.BASE,
+    **names.DENSE,
+    **names.ROUTED,
+    "attention.output": names.ATTENTION["attention.output"],
+    "latent.query": f"{_ATTENTION}.q_proj.weight",
+    "latent.query_down": f"{_ATTENTION}.q_a_proj.weight",
+    "latent.query_norm": f"{_ATTENTION}.q_a_layernorm.weight",
+    "latent.query_up": f"{_ATTENTION}.q_b_proj.weight",
+    "latent.down": f"{_ATTENTION}.kv_a_proj_with_mqa.weight",
+    "latent.norm": f"{_ATTENTION}.kv_a_layernorm.weight",
+    "latent.up": f"{_ATTENTION}.kv_b_proj.weight",
+    "shared.gate": f"{_MLP}.shared_experts.gate_proj.weight",
+    "shared.up": f"{_MLP}.shared_experts.up_proj.weight",
+    "shared.down": f"{_MLP}.shared_experts.down_proj.weight",
+}
+
+ARCHITECTURE = Architecture(config=DeepseekV2Config, names=NAMES)

@@ -107,6 +107,10 @@ class DecoderConfig(Struct, kw_only=True):
         bias = self.attention_bias
         return [GroupedQuery(H, G, D, bias=bias, output_bias=bias, window=window) for window in self.windows()]
 
+    def draft_layers(self) -> tuple[LayerSpec, ...]:
+        """Those for multi-token prediction."""
+        return ()
+
     def spec(self) -> ModelSpec:
         """The model as data. Raises ModelError for what we do not compute."""
         require(self.hidden_act == "silu", f"hidden_act {self.hidden_act!r} is not supported, only silu")
@@ -120,6 +124,7 @@ class DecoderConfig(Struct, kw_only=True):
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             layers=tuple(map(LayerSpec, self.mixers(), feed_forwards)),
+            draft_layers=self.draft_layers(),
             norm_eps=self.rms_norm_eps,
             rope=(self.rope_parameters or self.rope_scaling or RopeConfig()).rope(
                 self.rope_theta, self.max_position_embeddings

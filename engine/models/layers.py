@@ -66,6 +66,10 @@ class Weights:
         """The parameter in the activations' dtype."""
         return self.tensors.take(parameter).floats().to(self.device, self.dtype, copy=True)
 
+    def exact(self, parameter: Parameter) -> Tensor:
+        """The parameter in fp32, whatever the activations' dtype: it decides between numbers that are all but equal."""
+        return self.tensors.take(parameter).floats().to(self.device, torch.float32, copy=True)
+
     def projection(self, *fused: Parameter, bias: Sequence[Parameter] = (), order: Tensor | None = None) -> Projection:
         """The matrices one below the other, in the weight format: one multiplication gives all their outputs.
 

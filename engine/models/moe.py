@@ -27,6 +27,7 @@ class MixtureOfExperts:
         self._ops = weights.ops
         bias = [Parameter("router_bias", layer)] if spec.router_bias else ()
         self._router = weights.dense_projection(weights.tensor(Parameter("router", layer)), bias)
+        self._balance = weights.exact(Parameter("router_balance", layer)) if spec.balancing_bias else None  # (E,)
         self._shared = _Shared(spec, weights, layer) if spec.shared_intermediate else None
         gate_up, down = [], []
         for expert in spec.experts:
@@ -63,6 +64,7 @@ class MixtureOfExperts:
             spec.scale,
             spec.num_groups,
             spec.groups_chosen,
+            self._balance,
         )
         if spec.held is not None:
             weights, chosen = _of_held(spec.held, weights, chosen)

@@ -61,6 +61,16 @@ DENSE = {
     "feed_forward.down": f"{LAYER}.mlp.down_proj.weight",
 }
 
+# Of a layer for multi-token prediction, beside what every layer has. Of the embedding and the head it has copies.
+DRAFT = {
+    "draft.token_norm": f"{LAYER}.enorm.weight",
+    "draft.state_norm": f"{LAYER}.hnorm.weight",
+    "draft.merge": f"{LAYER}.eh_proj.weight",
+    "draft.norm": f"{LAYER}.shared_head.norm.weight",
+    "draft.embedding": f"{LAYER}.embed_tokens.weight",
+    "draft.head": f"{LAYER}.shared_head.head.weight",
+}
+
 ROUTED = {
     "router": f"{LAYER}.mlp.gate.weight",
     "expert.gate": f"{LAYER}.mlp.experts.{{expert}}.gate_proj.weight",

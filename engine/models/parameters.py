@@ -35,7 +35,8 @@ class Tensors(Protocol):
 def parameters(spec: ModelSpec) -> Shapes:
     """Every parameter of the model with its shape, in the order of the forward pass."""
     shapes: Shapes = {Parameter("embedding"): (spec.vocab_size, spec.hidden_size)}
-    for index, layer in enumerate(spec.layers):
+    for index, layer in enumerate(spec.layers + spec.draft_layers):
+        shapes |= _draft(spec.hidden_size, index) if index >= len(spec.layers) else {}
         shapes[Parameter("mixer.norm", index)] = (spec.hidden_size,)
         shapes |= _mixer(layer.mixer, spec.hidden_size, index)
         shapes[Parameter("feed_forward.norm", index)] = (spec.hidden_size,)
@@ -49,6 +50,12 @@ def parameters(spec: ModelSpec) -> Shapes:
 def has_format(parameter: Parameter, shape: tuple[int, ...]) -> bool:
     """Whether the parameter is a matrix that is kept in the weight format; the head in that format's `head`."""
     return len(shape) == 2 and parameter.role not in DENSE_ROLES
+
+
+def _draft(hidden: int, layer: int) -> Shapes:
+    """What a layer for multi-token prediction has beside what every layer has."""
+    norms: Shapes = {Parameter(f"draft.{role}", layer): (hidden,) for role in ("token_norm", "state_norm", "norm")}
+    return norms | {Parameter("draft.merge", layer): (hidden, 2 * hidden)}
 
 
 def _mixer(mixer: Mixer, hidden: int, layer: int) -> Shapes:
@@ -102,6 +109,8 @@ def _feed_forward(feed_forward: FeedForward, hidden: int, layer: int) -> Shapes:
     shapes: Shapes = {Parameter("router", layer): (feed_forward.num_experts, hidden)}
     if feed_forward.router_bias:
         shapes[Parameter("router_bias", layer)] = (feed_forward.num_experts,)
+    if feed_forward.balancing_bias:
+        shapes[Parameter("router_balance", layer)] = (feed_forward.num_experts,)
     if feed_forward.shared_intermediate:
         shapes |= _swiglu("shared", hidden, feed_forward.shared_intermediate, layer)
     if feed_forward.shared_gate:

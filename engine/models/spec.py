@@ -127,7 +127,8 @@ class Clamp:
 class Mixture:
     """`num_chosen` of `num_experts` for each token, beside one shared expert where `shared_intermediate` is not 0.
 
-    `score`, `renormalise`, `scale` and the groups are those of `Ops.route`. The router's bias is a part of its logits.
+    `score`, `renormalise`, `scale` and the groups are those of `Ops.route`. The router's bias is a part of its logits;
+    the balancing one is a part of the choice alone, and is `Ops.route`'s.
     With `shared_gate` each token counts the shared expert by the sigmoid of one more product.
     """
 
@@ -142,6 +143,7 @@ class Mixture:
     num_groups: int = 1
     groups_chosen: int = 1
     router_bias: bool = False
+    balancing_bias: bool = False
     expert_bias: bool = False  # on gate and up
     expert_output_bias: bool = False  # on down
     clamp: Clamp | None = None
@@ -167,7 +169,11 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only model: embedding, layers over one residual stream with a norm before each branch, norm, head."""
+    """A decoder-only model: embedding, layers over one residual stream with a norm before each branch, norm, head.
+
+    `draft_layers` are for multi-token prediction (DeepSeek-V3, arXiv 2412.19437, 2.2), numbered behind the others. The
+    model is whole without them.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -177,3 +183,4 @@ class ModelSpec:
     tied_embeddings: bool  # the head is the embedding
     context_max: int
     eos_token_ids: tuple[int, ...] = ()
+    draft_layers: tuple[LayerSpec, ...] = ()

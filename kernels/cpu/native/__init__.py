@@ -120,9 +120,10 @@ def route(
     scale: float = 1.0,
     num_groups: int = 1,
     groups_chosen: int = 1,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As the definition, which does it where experts are grouped."""
-    if num_groups > 1:
-        return reference.route(logits, num_chosen, score, renormalise, scale, num_groups, groups_chosen)
+    """As the definition, which does it where experts are grouped, or chosen with a bias."""
+    if num_groups > 1 or bias is not None:
+        return reference.route(logits, num_chosen, score, renormalise, scale, num_groups, groups_chosen, bias)
     weights, chosen = torch.ops.tokenmill_cpu.route.default(logits, num_chosen, score, renormalise, scale)
     return weights, chosen
