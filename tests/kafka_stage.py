@@ -47,7 +47,7 @@ class Stage:
     async def owner(self, worker: str, *, proxied: bool = True) -> Owner:
         """A worker that holds the partition."""
         brokers = self.proxy.brokers if proxied else self.direct.brokers
-        owner = Owner(KafkaBroker(replace(self.direct, brokers=brokers, worker=worker)))
+        owner = Owner(KafkaBroker(replace(self.direct, brokers=brokers, worker=worker), [self.out]))
         self.owners.append(owner)
         await owner.broker.start([self.topic], owner)
         while not owner.places:

@@ -58,7 +58,7 @@ class KafkaWorld:
         return name
 
     def broker(self, worker: str) -> KafkaBroker:
-        return KafkaBroker(replace(self.settings, worker=worker))
+        return KafkaBroker(replace(self.settings, worker=worker), outputs=())
 
     async def produce(self, topic: str, *values: bytes, partition: int = 0, headers: Headers = ()) -> None:
         async with Sender(self.settings) as sender:

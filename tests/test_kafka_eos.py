@@ -13,7 +13,7 @@ from tests.kafka_proxy import END_TXN, HEARTBEAT, JOIN_GROUP, OFFSET_FETCH, TXN_
 from tests.kafka_stage import EPOCHS, STOCK, STRICT, Stage, modes
 from worker.brokers.base import Broker, Outgoing, Place, Position
 from worker.brokers.kafka_client import Sender, TopicSpec, create_topics
-from worker.brokers.kafka_eos import OPEN_TOO_LONG_S
+from worker.brokers.kafka_ending import OPEN_TOO_LONG_S
 from worker.errors import Fenced, Misconfigured, OutcomeUnknown
 
 LOAD_IN_PROGRESS = 14

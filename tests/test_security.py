@@ -36,10 +36,11 @@ from tests.secured_kafka import (
     secured_kafka,
 )
 from tests.tiny_models import tiny_served
-from worker.brokers import kafka_eos
+from worker.brokers import kafka_ending
 from worker.brokers.base import Outgoing, Position
 from worker.brokers.kafka import KafkaBroker
 from worker.brokers.kafka_client import Sender, TopicSpec, create_topics, read_all, require_topics
+from worker.brokers.kafka_ending import Reach
 from worker.brokers.kafka_settings import KafkaSettings
 from worker.commands.answers import send_all
 from worker.config import Settings
@@ -98,7 +99,7 @@ async def one_life(secured: SecuredKafka, transaction_version: int = 2, *, previ
         for topic in TOPICS.consumed:
             await (await sender.send(Outgoing(topic=topic, key=None, value=b"request")))
         await require_topics(client, TOPICS.written, "WRITE")
-        owner = Owner(KafkaBroker(client))
+        owner = Owner(KafkaBroker(client, TOPICS.transacted))
         try:
             await owner.broker.start(TOPICS.consumed, owner)
             await one_burst(owner)
@@ -156,18 +157,19 @@ async def test_a_right_is_named_that_is_missed_only_in_use(secured, weakened, tr
 
 
 async def test_a_worker_ends_open_transactions_of_its_group_and_sees_no_others(secured, monkeypatch):
-    monkeypatch.setattr(kafka_eos, "OPEN_TOO_LONG_S", 0.1)
+    monkeypatch.setattr(kafka_ending, "OPEN_TOO_LONG_S", 0.1)
     await secured.allow_only(RIGHTS)
     dead, stranger = client_of(secured, "dead"), replace(secured.admin, group="another", worker="stranger")
-    brokers = [KafkaBroker(dead), KafkaBroker(stranger)]
+    brokers = [KafkaBroker(each, TOPICS.transacted) for each in (dead, stranger)]
     try:
         for broker in brokers:
             await broker.start(TOPICS.consumed, Owner(broker))
             await broker.begin()
             await (await broker.send(Outgoing(topic=TOPICS.completions, key=None, value=b"unfinished")))
         await asyncio.sleep(0.2)
+        options, reach = client_of(secured).client_options(), Reach(dead.group, TOPICS.transacted)
         for prefix, ended in (("another/", []), (dead.transactional_id_prefix, [dead.transactional_id])):
-            assert await kafka_eos.end_open_transactions(client_of(secured).client_options(), prefix, 5000) == ended
+            assert await kafka_ending.end_open_transactions(options, prefix, reach, 5000) == ended
         with pytest.raises(Fenced):
             await brokers[0].commit()
         await brokers[1].commit()
@@ -188,7 +190,7 @@ async def test_a_worker_ends_open_transactions_of_its_group_and_sees_no_others(s
 )
 async def test_brokers_that_refuse_us_are_told_from_brokers_that_are_away(secured, change, message):
     client = replace(client_of(secured), **change)
-    broker = KafkaBroker(client)
+    broker = KafkaBroker(client, TOPICS.transacted)
     sending = Sender(client)
     for attempt in (
         lambda: broker.start(TOPICS.consumed, Owner(broker)),

@@ -151,7 +151,12 @@ class Topics:
     @property
     def written(self) -> tuple[str, ...]:
         """What workers write."""
-        return (self.completions, self.costs, self.chunks, self.handoff, self.dead_letters)
+        return (*self.transacted, self.chunks)
+
+    @property
+    def transacted(self) -> tuple[str, ...]:
+        """What workers write in transactions: everything but previews."""
+        return (self.completions, self.costs, self.handoff, self.dead_letters)
 
     @property
     def by_setting(self) -> dict[str, str]:

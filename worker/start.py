@@ -73,7 +73,8 @@ async def run(settings: Settings, client: KafkaSettings | None = None) -> int:
                 engine = _engine(core, steps)
                 client = client or settings.kafka.client(worker=settings.worker, group=settings.group)
                 await require_topics(client, settings.topics.written, "WRITE")  # the others the broker looks for
-                service = assemble(settings, KafkaBroker(client), engine, steps, tokenizer, telemetry, drain, born_ns)
+                broker = KafkaBroker(client, settings.topics.transacted)
+                service = assemble(settings, broker, engine, steps, tokenizer, telemetry, drain, born_ns)
                 engine.start()
                 probe.service = service
                 telemetry.ready(health_port=port, cache_tokens=core.capacity.cache_tokens)

@@ -18,7 +18,8 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker.brokers.base import Membership, Outgoing, Place, Position, RebalanceListener, Record
 from worker.brokers.kafka_client import close, key_of, record_of, require_topics
-from worker.brokers.kafka_eos import ExactlyOnceProducer, StableConsumer, broken_by, end_open_transactions
+from worker.brokers.kafka_ending import Reach, end_open_transactions, end_transaction
+from worker.brokers.kafka_eos import ExactlyOnceProducer, StableConsumer, broken_by
 from worker.brokers.kafka_errors import of_client, of_producer
 from worker.brokers.kafka_sender import GroupMembership
 from worker.brokers.kafka_settings import KafkaSettings, milliseconds
@@ -35,8 +36,11 @@ DISCARD_S = 1.0  # a broken producer may wait for a broker that is gone
 class KafkaBroker:
     """A worker's place in the group. See `Broker` for what each call promises."""
 
-    def __init__(self, settings: KafkaSettings) -> None:
+    def __init__(self, settings: KafkaSettings, outputs: Sequence[str]) -> None:
+        """`outputs`: the topics that the group's workers write in transactions."""
         self._settings = settings
+        self._reach = Reach(settings.group, outputs)
+        self._timeout_ms = milliseconds(settings.transaction_timeout_s)
         self._options = settings.client_options()
         self._next: dict[Place, int] = {}
         self._previews = _Previews(self._options)
@@ -133,10 +137,7 @@ class KafkaBroker:
 
     async def renew(self) -> None:
         await _discard(self._producer)
-        try:
-            self._producer = await self._new_producer()
-        except (errors.KafkaError, OSError) as error:
-            raise of_client(error, self._settings) from error
+        self._producer = await self._new_producer()
 
     async def preview(self, record: Outgoing) -> None:
         self._previews.put(record)
@@ -170,7 +171,7 @@ class KafkaBroker:
         strict = {} if settings.stock_commits else {"transaction_version": settings.transaction_version}
         producer = (AIOKafkaProducer if settings.stock_commits else ExactlyOnceProducer)(
             transactional_id=settings.transactional_id,
-            transaction_timeout_ms=milliseconds(settings.transaction_timeout_s),
+            transaction_timeout_ms=self._timeout_ms,
             max_batch_size=BATCH_BYTES_MAX,
             max_request_size=settings.record_bytes_max,
             compression_type="lz4",  # cost events shrink to a seventh for 1 us each
@@ -178,16 +179,20 @@ class KafkaBroker:
             **self._options,
         )
         try:
+            if not settings.stock_commits:
+                await end_transaction(self._options, settings.transactional_id, self._reach, self._timeout_ms)
             await producer.start()
-        except BaseException:
+        except BaseException as error:
             await _discard(producer)
+            if isinstance(error, errors.KafkaError | OSError):
+                raise of_client(error, settings, "WRITE") from error
             raise
         return producer
 
     async def _end_open_transactions(self) -> None:
+        prefix = self._settings.transactional_id_prefix
         if not self._settings.stock_commits:
-            timeout_ms = milliseconds(self._settings.transaction_timeout_s)
-            await end_open_transactions(self._options, self._settings.transactional_id_prefix, timeout_ms)
+            await end_open_transactions(self._options, prefix, self._reach, self._timeout_ms)
 
     def _pause_all_but(self, places: Collection[Place]) -> None:
         """Only what changes is touched: pausing a partition throws away what was fetched for it."""

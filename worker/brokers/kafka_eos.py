@@ -35,7 +35,7 @@ GroupCoordinator._do_fetch_commit_offsets           overridden: OffsetFetch v7
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, errors
@@ -47,6 +47,7 @@ from aiokafka.structs import OffsetAndMetadata
 from worker.brokers import kafka_wire as wire
 from worker.brokers.base import Membership
 from worker.brokers.kafka_assignor import KeepingAssignor
+from worker.brokers.kafka_ending import OPEN_TOO_LONG_S
 from worker.brokers.kafka_errors import COORDINATOR_MOVED, UNSTABLE_OFFSET_COMMIT
 from worker.brokers.kafka_sender import EpochSender, StrictSender
 
@@ -54,7 +55,6 @@ TRANSACTION_VERSION = "transaction.version"
 EPOCH_PER_TRANSACTION = 2  # the level of the feature that means KIP-890
 
 UNSTABLE_RETRY_S = 0.02  # about one burst
-OPEN_TOO_LONG_S = 1.0  # a burst takes 10 to 50 ms: whoever holds a transaction this long is dead, or as good as
 
 
 class ExactlyOnceProducer(AIOKafkaProducer):
@@ -143,42 +143,6 @@ class UnstableOffsetCommit(errors.KafkaError):
     """A transaction that will move the position is open."""
 
     retriable = True
-
-
-async def end_open_transactions(options: Mapping[str, Any], prefix: str, transaction_timeout_ms: int) -> Sequence[str]:
-    """The transactions of ids with this prefix that were open for `OPEN_TOO_LONG_S` are aborted; returns their ids.
-
-    Their owners, should they live, are fenced: they start again, nothing is lost. On brokers older than 3.8, which
-    cannot tell for how long, nothing happens, and readers wait for the transaction's own timeout.
-    """
-    client = AIOKafkaClient(**options)
-    try:
-        await client.bootstrap()
-        listed = await _open_transactions(client)
-    finally:
-        await client.close()
-    ours = sorted(transactional_id for transactional_id in listed if transactional_id.startswith(prefix))
-    for transactional_id in ours:
-        heir = AIOKafkaProducer(
-            transactional_id=transactional_id, transaction_timeout_ms=transaction_timeout_ms, **options
-        )
-        try:
-            await heir.start()  # InitProducerId: answered when the transaction is over
-        finally:
-            await heir.stop()
-    return ours
-
-
-async def _open_transactions(client: AIOKafkaClient) -> list[str]:
-    request = wire.ListTransactionsRequest(["Ongoing"], [], round(OPEN_TOO_LONG_S * 1000), wire.NO_TAGS)
-    found: list[str] = []
-    for broker in client.cluster.brokers():
-        try:
-            response = await client.send(broker.nodeId, wire.Exactly(request))
-        except errors.IncompatibleBrokerVersion:
-            return []
-        found += [transactional_id for transactional_id, *_ in response.transactions]
-    return found
 
 
 async def _finalized_transaction_version(client: AIOKafkaClient) -> int:

@@ -1,7 +1,8 @@
 """The Kafka requests that aiokafka 0.14 does not have, as its structs.
 
-Owns the shape of six requests (KIP-447, KIP-584, KIP-664, KIP-890); `kafka_eos.py` gives them meaning. Field order and
-types are those of the message definitions in Apache Kafka's `clients/src/main/resources/common/message`.
+Owns the shape of seven requests (KIP-447, KIP-584, KIP-664, KIP-890); `kafka_eos.py` and `kafka_ending.py` give them
+meaning. Field order and types are those of the message definitions in Apache Kafka's
+`clients/src/main/resources/common/message`.
 """
 
 from io import BytesIO
@@ -255,3 +256,36 @@ class ListTransactionsRequest(RequestStruct):
         ("duration_ms", Int64),
         _TAGS,
     )
+
+
+class DescribeTransactionsResponse(Response):
+    API_KEY = 65
+    API_VERSION = 0
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        (
+            "transactions",
+            CompactArray(
+                ("error_code", Int16),
+                ("transactional_id", _STRING),
+                ("state", _STRING),
+                ("timeout_ms", Int32),
+                ("start_ms", Int64),
+                ("producer_id", Int64),
+                ("producer_epoch", Int16),
+                ("topics", CompactArray(("name", _STRING), ("partitions", CompactArray(Int32)), _TAGS)),
+                _TAGS,
+            ),
+        ),
+        _TAGS,
+    )
+
+
+class DescribeTransactionsRequest(RequestStruct):
+    """v0 (Kafka 3.0): what their coordinator has on record."""
+
+    API_KEY = 65
+    API_VERSION = 0
+    FLEXIBLE_VERSION = True
+    RESPONSE_TYPE = DescribeTransactionsResponse
+    SCHEMA = Schema(("transactional_ids", CompactArray(_STRING)), _TAGS)
