@@ -183,8 +183,8 @@ def _times_s() -> tuple[float, float]:
 class WatchedBroker(KafkaBroker):
     """Tells the watch of bursts of answers, and the refusals of what was polled."""
 
-    def __init__(self, watch: Watch, refusals: Refusals, settings: KafkaSettings) -> None:
-        super().__init__(settings)
+    def __init__(self, watch: Watch, refusals: Refusals, settings: KafkaSettings, outputs: Sequence[str]) -> None:
+        super().__init__(settings, outputs)
         self._watch = watch
         self._refusals = refusals
 
