@@ -27,7 +27,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from schemas.codec import decode_result
-from schemas.cost import CostEvent, MeterReading
+from schemas.cost import CostEvent, MeterReading, picodollars
 from schemas.handoff import Handoff
 from schemas.results import ChatResult, Completion, Input
 from tests.hostile import MODEL
@@ -39,6 +39,7 @@ from worker.brokers.kafka_client import TopicSpec, create_topics, read_all, requ
 from worker.commands.answers import send_all
 from worker.config import Kafka, Topics
 from worker.errors import Misconfigured
+from worker.price_book import load_price_book
 
 RECORD_BYTES_MAX = 65 << 20  # of one record asked with: brokers weigh what is compressed, so it may be far above a MiB
 T = TypeVar("T")
@@ -535,22 +536,30 @@ def _long_request(dice: random.Random, model: str, number: int) -> bytes:
 
 
 def said(completions: Sequence[Completion]) -> dict[str, Any]:
-    """What each request's choices say, their tokens where there are logprobs, and the price of it all."""
-    found: dict[str, Any] = {}
+    """What each request's choices say, their tokens where there are logprobs, and the price of it all.
+
+    The price as if no prompt had been cached: who begins a request again may find its prompt, and then charges less.
+    """
+    prices, found = load_price_book(), {}
     for one in completions:
         assert one.response
         assert one.custom_id
         assert one.bill
-        assert isinstance(one.response.body, ChatResult)
+        body = one.response.body
+        assert isinstance(body, ChatResult)
+        num_cached = body.usage.prompt_tokens_details.cached_tokens
+        uncached, cached = (
+            prices.price(body.model, body.service_tier, kind, num_cached) for kind in ("prompt", "prompt_cached")
+        )
         found[one.custom_id] = (
-            one.bill.price,
+            picodollars(one.bill.price) + uncached - cached,
             [
                 (
                     choice.message.content,
                     choice.finish_reason,
                     [token.token for token in choice.logprobs.content] if choice.logprobs else None,
                 )
-                for choice in one.response.body.choices
+                for choice in body.choices
             ],
         )
     return found
