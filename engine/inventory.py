@@ -184,6 +184,9 @@ def _bits(
         except ValueError as error:
             raise ModelError(f"{parameter}: {error}{rank.note}") from error
         bits[parameter.role] = _bits_of(kept.layout, shape[1], kept.num_groups, device)
+    embedding = Parameter("embedding")
+    kept_bits = 8 * checkpoint.num_bytes(embedding) // (spec.vocab_size * spec.hidden_size)
+    bits["embedding"] = min(kept_bits, 8 * activation_dtype(torch.device(device)).itemsize)
     head = DENSE_FORMATS[activation_dtype(torch.device(device))] if weights == AUTO else FORMATS[weights].head
     if weights != AUTO or spec.tied_embeddings:
         bits["head"] = _bits_of(FORMATS[head].layout, spec.hidden_size, 1, device)

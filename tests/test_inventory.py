@@ -1,12 +1,13 @@
 """What a model takes of a machine is told before it is loaded, and is what it then takes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.convert import convert
@@ -77,6 +78,20 @@ def test_weights_take_in_memory_what_is_told(mixtral: Path, tmp_path: Path, weig
     if pick("cpu").name != "cpu":
         pytest.skip("no C++ kernels here: torch's keep int4 twice, and others where nobody can look")
     assert loaded_bytes(inventory(folder, weights)) == pytest.approx(bytes_in_memory(folder, weights), rel=0.02)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_is_kept_in_bf16_stays_so(tmp_path: Path, tied: bool) -> None:
+    if pick("cpu").name != "cpu":
+        pytest.skip("as above")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096}
+    long = tiny_mixtral(tmp_path, 1, tie_word_embeddings=tied, **sizes)
+    half = shutil.copytree(long, tmp_path / "half")
+    tensors = load_file(long / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, half / "model.safetensors")
+    in_half, in_full = (bytes_in_memory(folder, "int8") for folder in (half, long))
+    assert in_full - in_half == pytest.approx(4096 * 256 * 2, rel=0.01)
+    assert loaded_bytes(inventory(half, "int8")) == pytest.approx(in_half, rel=0.02)
 
 
 @pytest.mark.parametrize(("num_ranks", "experts"), [(2, "sharded"), (3, "whole")])

@@ -50,9 +50,10 @@ class Projection:
 class Weights:
     """Takes parameters as they are kept and gives them back ready to compute with, in memory of their own.
 
-    The layers' matrices get the weight format `format`, the head that format's `head`; embeddings, routers, norms and
-    biases get `dtype`: they are small, or read one row at a time, and the model is most sensitive to them. With AUTO a
-    matrix stays as the checkpoint keeps it, and floats get `dtype`.
+    The layers' matrices get the weight format `format`, the head that format's `head`; routers, norms and biases get
+    `dtype`: they are small, and the model is most sensitive to them. With AUTO a matrix stays as the checkpoint keeps
+    it, and floats get `dtype`. An embedding stays as it is kept: few of its rows are read in a step, and get `dtype`
+    then.
     """
 
     tensors: Tensors
@@ -69,6 +70,11 @@ class Weights:
     def exact(self, parameter: Parameter) -> Tensor:
         """The parameter in fp32, whatever the activations' dtype: it decides between numbers that are all but equal."""
         return self.tensors.take(parameter).floats().to(self.device, torch.float32, copy=True)
+
+    def rows(self, parameter: Parameter) -> Tensor:
+        """The parameter as it is kept, or in the activations' dtype where that is shorter."""
+        kept = self.tensors.take(parameter).floats()
+        return kept.to(self.device, min(kept.dtype, self.dtype, key=lambda dtype: dtype.itemsize))
 
     def projection(self, *fused: Parameter, bias: Sequence[Parameter] = (), order: Tensor | None = None) -> Projection:
         """The matrices one below the other, in the weight format: one multiplication gives all their outputs.
@@ -122,19 +128,20 @@ class Embedding:
         """`num_tokens`: how many each rank has, but for the last."""
         self._ranks = weights.ranks
         self._first = self._ranks.rank * num_tokens
-        matrix = weights.tensor(Parameter("embedding"))
+        self._dtype = weights.dtype
+        matrix = weights.rows(Parameter("embedding"))
         nothing = matrix.new_zeros(1, matrix.shape[1])
         self._rows = torch.cat([nothing, matrix, nothing])  # what is another rank's adds nothing to the sum
 
     @property
     def matrix(self) -> Tensor:
-        """What is here of (V, C)."""
+        """What is here of (V, C), as it is kept."""
         return self._rows[1:-1]
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """For token_ids (T,): (T, C)."""
         rows = (token_ids - (self._first - 1)).clamp_(0, len(self._rows) - 1)
-        return self._ranks.sum(self._rows[rows])
+        return self._ranks.sum(self._rows[rows].to(self._dtype))
 
 
 class SwiGlu:
