@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.quant import FORMATS
-from engine.quant.kept import Kept, keep, stack_rows
+from engine.quant.kept import ROWS_AT_ONCE, Kept, keep, stack_rows
 from kernels.weights import dequantize_int4, int4_by, pack_nibbles, unpack_nibbles
 
 
@@ -137,6 +137,15 @@ def test_what_is_kept_as_it_is_wanted_stays_as_it_is() -> None:
         assert keep(kept, wanted) is kept
         others = [other for other in FORMATS if other != name]
         assert not any(kept.is_in(FORMATS[other]) for other in others)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_matrix_is_what_it_would_be_in_one_piece(name: str) -> None:
+    weight = torch.randn(ROWS_AT_ONCE + 200, 128)
+    parts = FORMATS[name].quantize(weight)
+    kept = keep(Kept.plain(weight), FORMATS[name])
+    assert kept.parts.keys() == parts.keys()
+    assert all(torch.equal(kept.parts[part], value) for part, value in parts.items())
 
 
 @pytest.mark.parametrize("name", FORMATS)
