@@ -22,8 +22,8 @@ HANDOFF: Literal["handoff"] = "handoff"
 Lane = Tier | Literal["handoff"]
 LANES: tuple[Lane, ...] = (HANDOFF, REALTIME, BATCH)  # the most urgent first
 
-# Records of one poll. The last is looked at after all others, which take up to 0.3 ms each; and intake can overshoot its
-# room by so many.
+# Records of one poll. The last is looked at after all others, which take up to 0.3 ms each; and intake can overshoot
+# its room by so many.
 POLL_RECORDS_MAX = 32
 AGED_RECORDS_MAX = 4  # of an aged poll: an eighth of a poll, so that realtime hardly notices
 HANDOFF_SHARE = 4  # a quarter more than the room: what a leaving neighbour hands over must not wait for fresh work
