@@ -1,4 +1,8 @@
-"""What exactly-once rests on, against a real broker: late requests, lost answers, zombies, transactions of the dead."""
+"""What exactly-once rests on, against a real broker: late requests, lost answers, zombies, transactions of the dead.
+
+The stock halves are the controls: they go on with the producer that raised, send no generation, and do not wait for
+what is open or still loads.
+"""
 
 import asyncio
 import struct

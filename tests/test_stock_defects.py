@@ -89,6 +89,17 @@ class TestE3ACommitSucceedsWithoutARecordThatWasRefused:
         await a.broker.renew()
         assert await a.broker.positions([stage.place]) == {stage.place: Position(0)}
 
+    @modes((EPOCHS,), (STRICT,))
+    async def test_ours_would_be_if_it_did_not_await_what_it_sends_before_the_positions(self, stage, monkeypatch):
+        async def nothing(*_: object) -> None:
+            pass
+
+        monkeypatch.setattr("worker.flush.gather", nothing)
+        a = await stage.owner("a")
+        await flushed(a, stage.record(incompressible(2 * RECORD_BYTES_MAX)))
+        assert await stage.committed() == []
+        assert await a.broker.positions([stage.place]) == {stage.place: Position(1)}
+
 
 class TestE4AnUnexpectedAnswerToPositionsKillsTheProducer:
     async def test_stock_can_neither_commit_nor_abort_nor_begin(self, stage):
