@@ -22,9 +22,11 @@ from engine.sequence import Sequence
 class BlockCache:
     """The paged cache's book-keeping. One thread's."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_seen_behind: int = 0) -> None:
+        """`num_seen_behind`: on so many tokens behind a block hangs what is in it, so its key names them too."""
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._num_seen_behind = num_seen_behind
         self._free = list(range(num_blocks))
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._holders = [0] * num_blocks
@@ -129,7 +131,7 @@ class BlockCache:
         while len(keys) < num_blocks:
             parent = keys[-1] if keys else sha256(sequence.request.cache_salt.encode()).digest()
             start = len(keys) * self.block_size
-            tokens = array("q", sequence.tokens[start : start + self.block_size])
+            tokens = array("q", sequence.tokens[start : start + self.block_size + self._num_seen_behind])
             keys.append(sha256(parent + tokens.tobytes()).digest())
         return keys[:num_blocks]
 

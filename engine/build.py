@@ -100,7 +100,16 @@ def open_model(config: EngineConfig, model_path: Path, ranks: Ranks, progress: P
     dtype = activation_dtype(device)
     ops = pick(device)
     ops.use_threads(config.threads or _threads(ranks))
-    decoder = load(model_path, ops, weights=config.weights, dtype=dtype, device=device, ranks=ranks, progress=progress)
+    decoder = load(
+        model_path,
+        ops,
+        weights=config.weights,
+        dtype=dtype,
+        device=device,
+        ranks=ranks,
+        draft_heads=config.draft_heads,
+        progress=progress,
+    )
     return Model.of(config, decoder, ops, draft_model=load_draft_model(config, decoder, ops), ranks=ranks)
 
 
@@ -114,10 +123,10 @@ def engine_of(
     """
     followers = followers or Followers((), ALONE)
     device, decoder, ops = model.decoder.device, model.decoder, model.ops
-    blocks = BlockCache(model.num_blocks, config.block_size)
+    drafter = make_drafter(config, decoder, model.cache, model.draft_model, model.draft_cache, ops)
+    blocks = BlockCache(model.num_blocks, config.block_size, drafter.num_seen_behind)
     capacity = _capacity(config, decoder, blocks)
     drafts_max = _drafts_max(config, device)
-    drafter = make_drafter(config, decoder, model.cache, model.draft_model, model.draft_cache, ops)
     sizes = sizes_of(config.sequences_max, 1 + drafts_max)
     graphs = Graphs(followers.leading(model.forward), sizes, model.num_blocks, config.block_size)
     if capture is None and device.type == "cuda" and _is_recorded(config):

@@ -48,7 +48,8 @@ class EngineConfig:
     sequences_max: int = 32  # running at once
     drafts_max: int | None = None  # proposed for a sequence in one step, if they pay; None: DRAFTS_MAX on a CPU, or 0
     draft_experts: int = 0  # the model drafts for itself with so many experts for each token; 0: it does not
-    draft_model: Path | None = None  # the folder of one that drafts; without either, drafts are looked up in the text
+    draft_heads: bool = False  # the model's own layer for multi-token prediction drafts, and needs room for states
+    draft_model: Path | None = None  # the folder of one that drafts; without any, drafts are looked up in the text
     draft_weights: str = "auto"  # as `weights`, of the draft model
     overlap: Switch = "auto"  # a step is planned while the one before runs; auto: on a GPU, without drafts
     graphs: Literal["auto", "off"] = "auto"  # decodes are recorded once and replayed; auto: where there is CUDA
@@ -76,10 +77,10 @@ class EngineConfig:
         self._check_ranks()
         if self.drafts_max == 0 and self.has_drafting_model:
             raise EngineMisconfigured(
-                "draft_experts or draft_model is set and drafts_max is 0: nothing would be drafted"
+                f"{' and '.join(self._drafting)} is set and drafts_max is 0: nothing would be drafted"
             )
-        if self.draft_experts and self.draft_model:
-            raise EngineMisconfigured("draft_experts and draft_model are both set; only one of them can draft")
+        if len(self._drafting) > 1:
+            raise EngineMisconfigured(f"{' and '.join(self._drafting)} are set; only one of them can draft")
         if self.sequences_max > self.tokens_per_step_max:
             raise EngineMisconfigured(
                 f"tokens_per_step_max is {self.tokens_per_step_max}, too few for {self.sequences_max} sequences; "
@@ -93,14 +94,19 @@ class EngineConfig:
             raise EngineMisconfigured(f"experts {self.experts!r} is not one of {', '.join(EXPERTS)}")
         if self.ranks > 1 and self.has_drafting_model:
             raise EngineMisconfigured(
-                f"draft_experts or draft_model is set, and ranks is {self.ranks}: a model drafts for one rank only; "
+                f"{' and '.join(self._drafting)} is set, and ranks is {self.ranks}: a model drafts for one rank only; "
                 "unset it, and drafts are looked up"
             )
 
     @property
     def has_drafting_model(self) -> bool:
         """Whether drafts come from a model, and are not looked up."""
-        return bool(self.draft_experts or self.draft_model)
+        return bool(self._drafting)
+
+    @property
+    def _drafting(self) -> list[str]:
+        """The settings by which a model drafts."""
+        return [name for name in ("draft_experts", "draft_heads", "draft_model") if getattr(self, name)]
 
 
 _LOWEST = {

@@ -40,7 +40,7 @@ def convert(source: Path, target: Path, weights: str, progress: Progress | None 
         raise ModelError(f"weights {weights!r} is not one of {', '.join((AUTO, *FORMATS))}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists and is no empty folder")
-    with open_checkpoint(source, progress=progress) as (spec, checkpoint):
+    with open_checkpoint(source, progress=progress, draft_heads=None) as (spec, checkpoint):
         target.mkdir(parents=True, exist_ok=True)
         with _Shards(target) as shards:
             for parameter, kept in _converted(spec, checkpoint, weights):

@@ -1,7 +1,7 @@
 """Which drafter the settings ask for, and the model that it may need.
 
-Owns the checks that a model can draft for another. Three are there: prompt lookup, the model itself with fewer experts,
-and a model of its own.
+Owns the checks that a model can draft for another. Four are there: prompt lookup, the model itself with fewer experts,
+its layer for multi-token prediction, and a model of its own.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,15 @@ def forward_into(decoder: Decoder, cache: KVCache) -> Callable[[Batch], Tensor]:
         return decoder.forward(batch.token_ids, batch.positions, batch.attention, cache, batch.rows)
 
     return forward
+
+
+def draft_into(decoder: Decoder, cache: KVCache) -> Callable[[Batch], Tensor]:
+    """The decoder's layer for multi-token prediction over this cache: a batch's logits (R, V)."""
+
+    def draft(batch: Batch) -> Tensor:
+        return decoder.draft(batch.token_ids, batch.positions, batch.attention, cache, batch.rows)
+
+    return draft
 
 
 def load_draft_model(config: EngineConfig, target: Decoder, ops: Ops) -> Decoder | None:
@@ -55,22 +64,26 @@ def make_drafter(
 ) -> Drafter:
     """A drafter for a model with this cache. Raises EngineMisconfigured where it has no experts to leave out."""
 
-    def drafts(decoder: Decoder, cache: KVCache, kept: DraftCache, context_max: int) -> ModelDrafter:
+    def drafts(forward: Callable[[Batch], Tensor], kept: DraftCache, context_max: int) -> ModelDrafter:
         return ModelDrafter(
-            forward_into(decoder, cache),
+            forward,
             ops,
             kept,
             block_size=config.block_size,
-            device=decoder.device,
+            device=target.device,
             tokens_max=config.tokens_per_step_max,
             context_max=context_max,
         )
 
+    context_max = target.spec.context_max
     if draft_model and own_cache:
-        return drafts(draft_model, own_cache, OwnCache(config.block_size), draft_model.spec.context_max)
+        forward = forward_into(draft_model, own_cache)
+        return drafts(forward, OwnCache(config.block_size), draft_model.spec.context_max)
     if config.draft_experts:
         _check_experts(config.draft_experts, target)
-        return drafts(target.with_experts(config.draft_experts), cache, SharedCache(), target.spec.context_max)
+        return drafts(forward_into(target.with_experts(config.draft_experts), cache), SharedCache(), context_max)
+    if config.draft_heads:
+        return drafts(draft_into(target, cache), OwnCache(config.block_size, shift=1), context_max)
     return PromptLookup()
 
 

@@ -29,6 +29,11 @@ from engine.speculative import (
 class Drafter(Protocol):
     """Proposes what may follow. A proposal can be wrong, never harmful."""
 
+    @property
+    def num_seen_behind(self) -> int:
+        """On how many tokens behind a block hangs what it keeps in the block."""
+        ...
+
     def can_draft(self, sequence: Sequence) -> bool:
         """Whether it would propose anything for this sequence, all of whose tokens but the newest are computed."""
         ...

@@ -52,6 +52,7 @@ def load(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     ranks: Ranks = ALONE,
+    draft_heads: bool = False,
     progress: Progress | None = None,
 ) -> Decoder:
     """The model of the folder `path`, its layers' matrices in the weight format `weights`, computing in `dtype`.
@@ -60,30 +61,36 @@ def load(
     matrix at a time.
 
     `weights` is one of `FORMATS`, made here from whatever the folder holds, or AUTO: as the folder holds them, floats
-    in `dtype`. `progress` hears of each parameter.
+    in `dtype`. `draft_heads`: with the first layer for multi-token prediction. `progress` hears of each parameter.
     Raises ModelError for whatever is wrong with the folder or the settings, EngineMisconfigured as `open_checkpoint`.
     """
     if weights not in (AUTO, *FORMATS):
         raise ModelError(f"weights {weights!r} is not one of {', '.join((AUTO, *FORMATS))}")
     if dtype not in DENSE_FORMATS:
         raise ModelError(f"dtype {dtype} is not one of {', '.join(map(str, DENSE_FORMATS))}")
-    with open_checkpoint(path, ranks, progress) as (spec, checkpoint):
+    with open_checkpoint(path, ranks, progress, draft_heads=draft_heads) as (spec, checkpoint):
         return Decoder(spec, Weights(checkpoint, ops, weights, dtype, torch.device(device), ranks))
 
 
 @contextmanager
 def open_checkpoint(
-    path: Path, ranks: Ranks = ALONE, progress: Progress | None = None
+    path: Path, ranks: Ranks = ALONE, progress: Progress | None = None, *, draft_heads: bool | None = False
 ) -> Iterator[tuple[ModelSpec, "Checkpoint"]]:
     """What the folder's model is, and its tensors, all of them checked. Raises ModelError as `load` does.
 
+    `draft_heads`: with its first layer for multi-token prediction, of one rank alone; None: if the folder has it.
     Raises EngineMisconfigured where the ranks cannot share the model.
     """
     architecture, whole, scheme = _understand(path)
-    spec = replace(whole, draft_layers=())
+    if draft_heads and not whole.draft_layers:
+        raise ModelError(f"{path} has no layer for multi-token prediction, and draft_heads is set: unset it")
     with ExitStack() as files:
         shards = [files.enter_context(open_shard(file)) for file in _shard_files(path)]
         checkpoint = Checkpoint(architecture, scheme, shards, ranks, progress)
+        drafting = replace(whole, draft_layers=whole.draft_layers[:1])
+        if draft_heads is None:
+            draft_heads = checkpoint.has(Parameter("draft.merge", len(whole.layers)), drafting)
+        spec = drafting if draft_heads else replace(whole, draft_layers=())
         checkpoint.check(spec, whole)
         yield spec, checkpoint
 
@@ -133,6 +140,11 @@ class Checkpoint:
         self._cuts: dict[Parameter, Cut] = {}  # of those that the rank has a part of
         self._progress = progress
         self._bytes_total = self._bytes_done = 0
+
+    def has(self, parameter: Parameter, spec: ModelSpec) -> bool:
+        """Whether the files have the parameter, if the model has it at all."""
+        source = self._sources_of(parameters(spec)).get(parameter)
+        return source is not None and all(stored.name in self._entries for stored in source.tensors.values())
 
     def check(self, spec: ModelSpec, whole: ModelSpec) -> None:
         """From now on `take` gives every parameter of the rank's part of the model.

@@ -14,6 +14,8 @@ NGRAM_SIZES = (4, 3, 2)  # longest first: the longer the match, the likelier its
 class PromptLookup:
     """A drafter that computes nothing."""
 
+    num_seen_behind = 0
+
     def __init__(self) -> None:
         self._indexes: WeakKeyDictionary[Sequence, Index] = WeakKeyDictionary()
 

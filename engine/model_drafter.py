@@ -1,4 +1,4 @@
-"""Drafts by a model: a smaller one, or the target itself with fewer experts for each token.
+"""Drafts by a model: a smaller one, the target with fewer experts for each token, or a draft layer of the target's.
 
 Owns the drafter's passes: in each, every sequence that drafts gets its next draft, chosen as the target would choose
 it, with the position's own random number and steering: the more alike the two models are, the more is kept under
@@ -7,10 +7,13 @@ rule: tokens that should be computed, and tokens that are.
 
 Fewer experts write into the target's own cache. The past is the target's, exactly; what they write stands at pending
 tokens, all of which the same step computes, so the target writes over it before it reads it. A model of its own has a
-cache of its own, in the same blocks: a block's number says where a token is in both.
+cache of its own, in the same blocks: a block's number says where a token is in both. So has a layer for multi-token
+prediction. The states that it reads the target leaves in the blocks, and its own, behind its drafts, stand at pending
+tokens again.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -26,6 +29,11 @@ from kernels.ops import Ops
 class DraftCache(Protocol):
     """What is in the drafter's cache."""
 
+    @property
+    def shift(self) -> int:
+        """How many places before its own a token stands in it; so the first tokens of a sequence have no place."""
+        ...
+
     def num_computed(self, sequence: Sequence) -> int:
         """How many of the sequence's first tokens."""
         ...
@@ -37,6 +45,8 @@ class DraftCache(Protocol):
 
 class SharedCache:
     """The target's: in it is what the target computed, and nothing needs to be noted."""
+
+    shift = 0
 
     def num_computed(self, sequence: Sequence) -> int:
         """What the target's are."""
@@ -51,9 +61,14 @@ class OwnCache:
 
     It falls behind while nobody drafts, and catches up when somebody does. A full block is known by its key, like the
     target's, so that sequences with a prefix in common compute it once, and a preempted one finds what it had.
+
+    In a layer for multi-token prediction each token stands one place before its own, beside the target's state of that
+    place. For drafts the layer has states of its own, so what is accepted of them it computes anew.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, shift: int = 0) -> None:
+        """`shift`: 1 for a layer for multi-token prediction; as many tokens behind a block are in its key."""
+        self.shift = shift
         self._block_size = block_size
         self._keys: dict[int, bytes] = {}  # by block: what is in it, all of it
         self._known: WeakKeyDictionary[Sequence, _Written] = WeakKeyDictionary()
@@ -62,7 +77,7 @@ class OwnCache:
         """Up to the first token that is not as it was drafted, or that never was there."""
         written = self._known.get(sequence)
         if written is None or written.num_preemptions != sequence.num_preemptions:
-            written = self._known[sequence] = _Written(sequence.num_preemptions)
+            written = self._known[sequence] = _Written(sequence.num_preemptions, self.shift)
         written.keep(sequence.tokens)
         written.tried = []  # what is left was rejected
         self._remember(sequence, written)
@@ -72,25 +87,27 @@ class OwnCache:
     def write(self, share: Share) -> None:
         """Whatever its blocks held, they hold it no more."""
         sequence, written = share.sequence, self._known[share.sequence]
-        for place in places(share, self._block_size):
+        for place in places(share, self.shift, self._block_size):
             self._keys.pop(sequence.blocks[place], None)
-        written.num_known = min(written.num_known, share.start // self._block_size)
-        written.tried += share.tokens
-        if share.stop <= len(sequence.tokens):  # nothing of it is a draft
+        written.num_known = min(written.num_known, (share.start - self.shift) // self._block_size)
+        has_drafts = share.stop > len(sequence.tokens)
+        if not (has_drafts and self.shift):
+            written.tried += share.tokens
+        if not has_drafts:
             written.keep(sequence.tokens)
             self._remember(sequence, written)
 
     def _num_found(self, sequence: Sequence, start: int) -> int:
         """Tokens in the blocks behind the first `start` that another sequence filled."""
-        place = start // self._block_size
-        known = min(len(sequence.block_keys), (len(sequence.tokens) - 1) // self._block_size)
+        place = (start - self.shift) // self._block_size
+        known = min(len(sequence.block_keys), (len(sequence.tokens) - 1 - self.shift) // self._block_size)
         while place < known and self._keys.get(sequence.blocks[place]) == sequence.block_keys[place]:
             place += 1
-        return place * self._block_size
+        return place * self._block_size + self.shift
 
     def _remember(self, sequence: Sequence, written: "_Written") -> None:
         """Others may find the full blocks."""
-        num_full = min(written.num_kept // self._block_size, len(sequence.block_keys))
+        num_full = min((written.num_kept - self.shift) // self._block_size, len(sequence.block_keys))
         for place in range(written.num_known, num_full):
             self._keys[sequence.blocks[place]] = sequence.block_keys[place]
         written.num_known = max(written.num_known, num_full)
@@ -99,9 +116,9 @@ class OwnCache:
 class _Written:
     """How far one sequence is in a cache: `num_kept` of its tokens, and behind them some on trial."""
 
-    def __init__(self, num_preemptions: int) -> None:
+    def __init__(self, num_preemptions: int, num_kept: int) -> None:
         self.num_preemptions = num_preemptions
-        self.num_kept = 0
+        self.num_kept = num_kept
         self.num_known = 0  # blocks whose keys were noted
         self.tried: list[int] = []
 
@@ -138,9 +155,14 @@ class ModelDrafter:
         self._tokens_max = tokens_max
         self._context_max = context_max
 
+    @property
+    def num_seen_behind(self) -> int:
+        """As many as tokens stand before their places."""
+        return self._kept.shift
+
     def can_draft(self, sequence: Sequence) -> bool:
-        """Whether its context takes the sequence and a draft."""
-        return len(sequence.tokens) < self._context_max
+        """Whether its context takes the sequence and a draft, and it has a token to draft from."""
+        return self._kept.shift < len(sequence.tokens) < self._context_max
 
     @torch.inference_mode()
     def propose(self, wanted: Mapping[Sequence, int]) -> Proposed:
@@ -172,7 +194,8 @@ class ModelDrafter:
             tokens = sequence.tokens[start : start + num_left]
             has_caught_up = start + len(tokens) == len(sequence.tokens)
             share = Share(sequence, start, tokens, num_rows=int(has_caught_up))
-            blocks = {sequence.blocks[place] for place in places(share, self._block_size)} if tokens else filled
+            stands_in = places(share, self._kept.shift, self._block_size)
+            blocks = {sequence.blocks[place] for place in stands_in} if tokens else filled
             if not blocks & filled and tokens:
                 shares.append(share)
                 filled |= blocks
@@ -183,14 +206,15 @@ class ModelDrafter:
         """The next draft of each share's sequence that has caught up, if anything may follow there."""
         for share in shares:
             self._kept.write(share)
-        logits = self._forward(build_batch(shares, self._block_size, self._drawn))
+        placed = [replace(share, start=share.start - self._kept.shift) for share in shares]
+        logits = self._forward(build_batch(placed, self._block_size, self._drawn))
         drafting = [share for share in shares if share.num_rows]
         return sampler.draft(self._ops, logits, drafting, drafts)
 
 
-def places(share: Share, block_size: int) -> range:
-    """Where in the block table the share's tokens stand."""
-    return range(share.start // block_size, (share.stop - 1) // block_size + 1)
+def places(share: Share, shift: int, block_size: int) -> range:
+    """Which blocks of its sequence's table the share's tokens stand in."""
+    return range((share.start - shift) // block_size, (share.stop - 1 - shift) // block_size + 1)
 
 
 def _next_share(sequence: Sequence, drafts: list[int]) -> Share:

@@ -108,7 +108,7 @@ def cache_for(model: Decoder, dtype: torch.dtype | None = None) -> KVCache:
     cache = KVCache.allocate(model.part, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=dtype or model.dtype)
     for tensor in cache.keys:
         tensor.view(torch.uint8).fill_(0xFF)  # NaN in every format; in int8 it is the scale's
-    for tensor in cache.values:
+    for tensor in (*cache.values, *([] if cache.states is None else [cache.states])):
         tensor.view(torch.uint8).fill_(0xFF)
     return cache
 

@@ -145,6 +145,30 @@ class ScriptedModel:
         return list(self.tokens[slots].tolist())
 
 
+class ScriptedHeads(ScriptedModel):
+    """A layer for multi-token prediction: the state of a place is what the target wrote there, all it has read."""
+
+    def __init__(self, script: Script, target: ScriptedModel) -> None:
+        super().__init__(script, len(target.tokens) // target.block_size, target.block_size)
+        self.target = target
+
+    def forward(self, batch: Batch) -> Tensor:
+        logits = super().forward(batch)
+        ends, tables = np.array(batch.attention.query_starts[1:]), batch.attention.block_tables.numpy()
+        for row in batch.rows.tolist():
+            place, table = int(batch.positions[row]) + 1, tables[np.searchsorted(ends, row, side="right")]
+            # Its own state: as if the target had read its newest token. The target must write over that.
+            slot = table[place // self.block_size] * self.block_size + place % self.block_size
+            self.target.tokens[slot], self.target.positions[slot] = int(batch.token_ids[row]), place
+        return logits
+
+    def _read(self, table: np.ndarray, length: int) -> list[int]:
+        """What a place knows by its state, and the token behind it; the places before must have had the same."""
+        own, states = super()._read(table, length), self.target._read(table, length)
+        assert own[:-1] == states[1:], "a token behind a place is not the next place's"
+        return states + own[-1:]
+
+
 def own_drafter(script: Script) -> "MakeDrafter":
     """A draft model that speaks by this script, with a cache of its own."""
 
@@ -162,6 +186,15 @@ def shared_drafter(script: Script) -> "MakeDrafter":
         model = copy.copy(target)
         model.script = script
         return _model_drafter(model, SharedCache(), config)
+
+    return make
+
+
+def heads_drafter(script: Script) -> "MakeDrafter":
+    """A layer for multi-token prediction that speaks by this script."""
+
+    def make(target: ScriptedModel, config: EngineConfig) -> ModelDrafter:
+        return _model_drafter(ScriptedHeads(script, target), OwnCache(config.block_size, shift=1), config)
 
     return make
 
@@ -235,15 +268,14 @@ def scripted_engine(
     config = EngineConfig(**{"cache_tokens": 1024, "drafts_max": 0, "overlap": overlap, **settings})
     num_blocks = config.cache_tokens // config.block_size
     context_max = min(context_max, config.cache_tokens)
-    blocks = BlockCache(num_blocks, config.block_size)
-    scheduler = Scheduler(config, blocks, context_max)
     model = ScriptedModel(script, num_blocks, config.block_size)
+    drafts = drafter(model, config) if drafter else PromptLookup()
+    blocks = BlockCache(num_blocks, config.block_size, drafts.num_seen_behind)
+    scheduler = Scheduler(config, blocks, context_max)
     runner = Runner(model.forward, OPS, config.block_size, torch.device("cpu"))
     capacity = Capacity(
         cache_tokens=config.cache_tokens, context_max=context_max, vocab_size=script.vocab_size, eos_token_ids=()
     )
-    drafting = Drafting(
-        drafter(model, config) if drafter else PromptLookup(), blocks, config.drafts_max or 0, config.draft_cost
-    )
+    drafting = Drafting(drafts, blocks, config.drafts_max or 0, config.draft_cost)
     core = Core(scheduler, drafting, runner, Meter(clock or Ticks()), capacity, overlap=config.overlap == "on")
     return ScriptedEngine(core, scheduler, blocks, model)

@@ -38,6 +38,19 @@ def test_a_block_is_known_by_all_that_stands_before_it():
     assert blocks.claim(sequence([2, 2, 2, 2, 5, 6, 7, 8, 9]), spare=0) == 0
 
 
+def test_a_block_that_looks_ahead_is_shared_by_those_who_go_on_alike():
+    """What a layer for multi-token prediction keeps at a block's last place hangs on the token behind it."""
+    blocks = BlockCache(20, 4, num_seen_behind=1)
+    first = sequence(list(range(10)))
+    blocks.claim(first, spare=0)
+    first.reach(9)
+    blocks.remember(first)
+    for tokens, num_cached in [([*range(8), 9], 4), ([*range(9), 0], 8), ([*range(5), 0], 4), ([*range(4), 0], 0)]:
+        other = sequence(tokens)
+        assert blocks.claim(other, spare=0) == num_cached
+        blocks.release(other)
+
+
 def test_another_salt_finds_nothing():
     blocks = BlockCache(20, 4)
     computed(blocks, list(range(8)), salt="red")

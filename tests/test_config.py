@@ -104,8 +104,9 @@ class TestWhereSettingsComeFrom:
         )
         (tmp_path / "config.json").touch()
         with_model = replace(changed, draft_experts=0, draft_model=str(tmp_path), draft_weights="int4")
+        with_heads = replace(changed, draft_experts=0, draft_heads=True)
         with_ranks = replace(changed, draft_experts=0, ranks=2, experts="whole")  # for which no model drafts
-        each = (changed, with_model, with_ranks)
+        each = (changed, with_model, with_heads, with_ranks)
         for settings in each:
             start._build(settings, Path())
         for name, default in flat(Engine()):

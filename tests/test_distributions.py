@@ -20,7 +20,15 @@ from engine.sequence import Proposed, Sequence
 from engine.types import Request, Sampling
 from kernels import reference
 from kernels.ops import Ops
-from tests.scripted_model import Erring, MakeDrafter, Script, own_drafter, scripted_engine, shared_drafter
+from tests.scripted_model import (
+    Erring,
+    MakeDrafter,
+    Script,
+    heads_drafter,
+    own_drafter,
+    scripted_engine,
+    shared_drafter,
+)
 
 P_MIN = 1e-4
 NUM_DRAWS = 4000
@@ -140,6 +148,8 @@ def paths(script: Script, prompt: tuple[int, ...], length: int) -> dict[tuple[in
 class Dice:
     """A draft is the likeliest token or any other, as the dice will have it: kept with the model's chance of it."""
 
+    num_seen_behind = 0
+
     def __init__(self, script: Script, chance_right: float) -> None:
         self.script, self.chance_right, self.dice = script, chance_right, np.random.default_rng(3)
 
@@ -164,6 +174,7 @@ DRAFTERS: dict[str, MakeDrafter] = {
     "often wrong": lambda *_: Dice(SCRIPT, 0.4),
     "always wrong": lambda *_: Dice(SCRIPT, 0.0),
     "a model, which draws by the same numbers": own_drafter(Erring(vocab_size=5, memory=2)),
+    "a layer for multi-token prediction, likewise": heads_drafter(Erring(vocab_size=5, memory=2)),
     "fewer experts, which do too": shared_drafter(Erring(vocab_size=5, memory=2)),
 }
 

@@ -14,13 +14,14 @@ from tests.scripted_model import (
     Erring,
     Script,
     ScriptedEngine,
+    heads_drafter,
     own_drafter,
     scripted_engine,
     sequence_of,
     shared_drafter,
 )
 
-EACH = pytest.mark.parametrize("drafter", [own_drafter, shared_drafter])
+EACH = pytest.mark.parametrize("drafter", [own_drafter, shared_drafter, heads_drafter])
 
 
 class Clock:
@@ -35,6 +36,8 @@ class Clock:
 
 class Following:
     """A drafter that is right with a chance, and takes its time."""
+
+    num_seen_behind = 0
 
     def __init__(self, script: Script, clock: Clock, dice, chance_right: float, pass_ns: int = 0) -> None:
         self.script, self.clock, self.dice, self.chance_right, self.pass_ns = script, clock, dice, chance_right, pass_ns
@@ -231,6 +234,7 @@ class Checked:
 
     def __init__(self, drafter: Drafter, script: Script) -> None:
         self.drafter, self.script, self.num_checked = drafter, script, 0
+        self.num_seen_behind = drafter.num_seen_behind
 
     def can_draft(self, sequence: Sequence) -> bool:
         return self.drafter.can_draft(sequence)

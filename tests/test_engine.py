@@ -393,7 +393,7 @@ def test_settings_that_do_not_suit_the_model_are_refused(checkpoint, settings, w
         ({"cache_tokens": 100}, "take 112"),
         ({"sequences_max": 600}, "tokens_per_step_max"),
         ({"draft_experts": -1}, "draft_experts"),
-        ({"draft_experts": 1, "draft_model": Path("x")}, "both set"),
+        ({"draft_experts": 1, "draft_model": Path("x")}, "draft_experts and draft_model are set"),
         ({"draft_experts": 1, "drafts_max": 0}, "nothing would be drafted"),
         ({"draft_experts": 1, "overlap": "on"}, "a model drafts"),
         ({"drafts_max": -1}, "drafts_max"),

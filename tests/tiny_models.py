@@ -263,7 +263,7 @@ def tiny(name: str, tmp: Path, seed: int = 0) -> Path:
 def transformers_logits(path: Path, tokens: list[int]) -> Tensor:
     """Transformers' logits (T, V) fp32 after each of the tokens."""
     with torch.inference_mode():
-        logits: Tensor = _model(path)(torch.tensor([tokens]), use_cache=False).logits[0]
+        logits: Tensor = transformers_model(path)(torch.tensor([tokens]), use_cache=False).logits[0]
     return logits
 
 
@@ -273,7 +273,7 @@ def transformers_greedy(path: Path, prompts: Sequence[Sequence[int]], num_tokens
     All prompts go through the model at once, from their first token at every step: a causal model does not see the
     padding behind a row's end, so there is no mask and no cache to be wrong.
     """
-    model, ends = _model(path), torch.tensor([len(prompt) for prompt in prompts])
+    model, ends = transformers_model(path), torch.tensor([len(prompt) for prompt in prompts])
     tokens = torch.zeros(len(prompts), int(ends.max()) + num_tokens, dtype=torch.int64)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
@@ -283,6 +283,11 @@ def transformers_greedy(path: Path, prompts: Sequence[Sequence[int]], num_tokens
             logits = model(tokens[:, : int(ends.max()) + step], use_cache=False).logits  # (prompts, length, V)
             tokens[rows, ends + step] = logits[rows, ends + step - 1].argmax(-1)
     return [row[end : end + num_tokens].tolist() for row, end in zip(tokens, ends.tolist(), strict=True)]
+
+
+def transformers_model(path: Path) -> Any:
+    """The folder's model as transformers has it, to compute with in its plainest way."""
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **_PLAIN).eval()
 
 
 def _save(path: Path, seed: int, model_class: Any, config: Any) -> Path:
@@ -298,7 +303,3 @@ def _save(path: Path, seed: int, model_class: Any, config: Any) -> Path:
                 buffer.add_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(path)
     return path
-
-
-def _model(path: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **_PLAIN).eval()

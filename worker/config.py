@@ -197,6 +197,8 @@ class Engine:
     """Tokens drafted ahead for a sequence, at most and where it pays; 0: none. Default: 8 on a CPU, 0 on a GPU."""
     draft_experts: Annotated[int, between(0, 64)] = 0
     """The model drafts for itself with so many experts a token; 0: drafts are looked up in the text."""
+    draft_heads: bool = False
+    """The model's own layer for multi-token prediction drafts (DeepSeek-V3)."""
     draft_model: str = ""
     """A smaller model with the same tokens, which drafts: by its name, or its folder."""
     draft_weights: str = "auto"

@@ -116,6 +116,7 @@ def _build(settings: Engine, folder: Path) -> Core:
                 overlap=settings.overlap,
                 graphs=settings.graphs,
                 draft_experts=settings.draft_experts,
+                draft_heads=settings.draft_heads,
                 draft_model=model_folder(settings.draft_model) if settings.draft_model else None,
                 draft_weights=settings.draft_weights,
             ),

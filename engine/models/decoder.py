@@ -12,14 +12,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from engine.models.attention import GroupedQueryAttention
-from engine.models.layers import Embedding, StepInputs, SwiGlu, Weights
-from engine.models.mla import LatentAttention
-from engine.models.moe import MixtureOfExperts
+from engine.models.draft_layer import DraftLayer
+from engine.models.layer import Layer
+from engine.models.layers import Embedding, StepInputs, Weights
 from engine.models.parameters import Parameter
 from engine.models.parts import part_of
 from engine.models.rotary import inverse_frequencies
-from engine.models.spec import Dense, FeedForward, GroupedQuery, Latent, LayerSpec, Mixer, Mixture, ModelSpec
+from engine.models.spec import GroupedQuery, Latent, Mixer, ModelSpec
 from engine.quant import Kept
 from kernels.cache import row_size
 from kernels.ops import AttentionBatch
@@ -30,11 +29,13 @@ class KVCache:
     """What is kept of all tokens in all blocks, for each layer: keys (N, B, G, D) and values (N, B, G, Dv).
 
     `kernels/cache.py` says how, in each of its dtypes. Of latent attention's one tensor the values are a part: the
-    latents, and behind them the rotated keys.
+    latents, and behind them the rotated keys. The states are those that the head reads, of a model that has a layer to
+    draft by them: whoever finds a token's keys finds its state.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    states: Tensor | None = None  # (N, B, C), fp32 beside fp32, else bf16: what a norm made is not for 8 bits
 
     @classmethod
     def allocate(
@@ -46,7 +47,7 @@ class KVCache:
         and latents are both.
         """
         keys, values = [], []
-        for layer in spec.layers:
+        for layer in spec.layers + spec.draft_layers:
             num_heads, size, num_tensors = _rows(layer.mixer, dtype)
             tensors = [
                 torch.zeros(num_blocks, block_size, num_heads, size, dtype=dtype, device=device)
@@ -54,12 +55,21 @@ class KVCache:
             ]
             keys.append(tensors[0])
             values.append(tensors[0][..., : layer.mixer.latent_size] if isinstance(layer.mixer, Latent) else tensors[1])
-        return cls(tuple(keys), tuple(values))
+        states = None
+        if spec.draft_layers:
+            states = torch.zeros(num_blocks, block_size, spec.hidden_size, dtype=_state_dtype(dtype), device=device)
+        return cls(tuple(keys), tuple(values), states)
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-        """What one block costs over all layers, keys and values together."""
-        return block_size * sum(prod(_rows(layer.mixer, dtype)) for layer in spec.layers) * dtype.itemsize
+        """What one block costs over all layers, keys and values together, and the states."""
+        num_kept = sum(prod(_rows(layer.mixer, dtype)) for layer in spec.layers + spec.draft_layers)
+        state_bytes = spec.hidden_size * _state_dtype(dtype).itemsize if spec.draft_layers else 0
+        return block_size * (num_kept * dtype.itemsize + state_bytes)
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
 def _rows(mixer: Mixer, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -84,11 +94,12 @@ class Decoder:
         self._ops = weights.ops
         self._ranks = weights.ranks
         self._embedding = Embedding(weights, self.part.vocab_size)
-        self._layers = [_Layer(layer, weights, index) for index, layer in enumerate(self.part.layers)]
+        self._layers = [Layer(layer, spec.norm_eps, weights, index) for index, layer in enumerate(self.part.layers)]
         self._norm = weights.tensor(Parameter("norm"))  # (C,)
         self._head = weights.head(
             Kept.plain(self._embedding.matrix) if spec.tied_embeddings else weights.tensors.take(Parameter("head"))
         )
+        self._draft_layer = DraftLayer(spec, weights) if spec.draft_layers else None
         rotary_size = spec.layers[0].mixer.rotary_size  # one table of angles serves all layers
         self._inverse_frequencies = inverse_frequencies(spec.rope, rotary_size).to(weights.device)  # (D/2,)
 
@@ -101,51 +112,59 @@ class Decoder:
     def forward(
         self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, cache: KVCache, rows: Tensor
     ) -> Tensor:
-        """The logits (R, V) fp32 that follow the tokens at `rows` (R,); the cache holds the keys and values of all T.
+        """The logits (R, V) fp32 that follow the tokens at `rows` (R,). The cache holds all T tokens' keys, values and,
+        where it keeps any, states.
 
         token_ids (T,) and positions (T,), int64, lie as `batch` says.
         """
-        angles = positions[:, None].float() * self._inverse_frequencies  # (T, D/2)
-        magnitude = self.spec.rope.magnitude
-        step = StepInputs(angles.cos() * magnitude, angles.sin() * magnitude, batch, cache.keys, cache.values)
-        add_norm, eps, all_of = self._ops.add_rms_norm, self.spec.norm_eps, self._ranks.sum
+        step = self._inputs(positions, batch, cache)
         residual = self._embedding(token_ids)  # (T, C)
         branch = torch.zeros_like(residual)  # what is to be added to the residual stream before the next norm
         for layer in self._layers:
-            normed, residual = add_norm(branch, residual, layer.mixer_norm, eps)
-            normed, residual = add_norm(all_of(layer.mixer(normed, step)), residual, layer.feed_forward_norm, eps)
-            branch = all_of(layer.feed_forward(normed))
-        normed, _ = add_norm(branch[rows], residual[rows], self._norm, eps)
-        return self._ranks.gather(self._head(normed), self.spec.vocab_size).float()
+            branch, residual = layer(branch, residual, step)
+        if cache.states is None:
+            branch, residual = branch[rows], residual[rows]
+        states, _ = self._ops.add_rms_norm(branch, residual, self._norm, self.spec.norm_eps)
+        if cache.states is not None:
+            _write(cache.states, batch.slots, states)
+            states = states[rows]
+        return self._logits(states)
+
+    def draft(
+        self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, cache: KVCache, rows: Tensor
+    ) -> Tensor:
+        """The logits (R, V) fp32 of what follows the tokens at `rows`, by the layer for multi-token prediction.
+
+        Each token is the one *behind* its place: at place i the layer has the state of token i, and token i + 1. So the
+        cache's state must be there for all T. Those of the places behind `rows`, which are nobody's yet, become the
+        layer's own, so that it can go on from its own draft; of a sequence at most the last token has a row.
+        Raises ValueError where the model was loaded without the layer.
+        """
+        if self._draft_layer is None or cache.states is None:
+            raise ValueError("the model has no layer for multi-token prediction, or was loaded without it")
+        before = cache.states.flatten(0, 1)[batch.slots].to(self.dtype)  # (T, C)
+        step = self._inputs(positions, batch, cache)
+        states = self._draft_layer(self._embedding(token_ids), before, step)[rows]
+        _write(cache.states, _slots_behind(batch, positions, rows, cache.states.shape[1]), states)
+        return self._logits(states)
+
+    def _inputs(self, positions: Tensor, batch: AttentionBatch, cache: KVCache) -> StepInputs:
+        angles = positions[:, None].float() * self._inverse_frequencies  # (T, D/2)
+        magnitude = self.spec.rope.magnitude
+        return StepInputs(angles.cos() * magnitude, angles.sin() * magnitude, batch, cache.keys, cache.values)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Of states (R, C), behind their norm: (R, V) fp32."""
+        return self._ranks.gather(self._head(states), self.spec.vocab_size).float()
 
 
-class _Layer:
-    """One layer's branches and the norms before them."""
-
-    def __init__(self, spec: LayerSpec, weights: Weights, index: int) -> None:
-        self.mixer_norm = weights.tensor(Parameter("mixer.norm", index))
-        self.mixer = _mixer(spec.mixer, weights, index)
-        self.feed_forward_norm = weights.tensor(Parameter("feed_forward.norm", index))
-        self.feed_forward = _feed_forward(spec.feed_forward, weights, index)
-
-    def with_experts(self, num_chosen: int) -> "_Layer":
-        other = copy.copy(self)
-        if isinstance(self.feed_forward, MixtureOfExperts):
-            other.feed_forward = self.feed_forward.with_experts(num_chosen)
-        return other
+def _write(states: Tensor, slots: Tensor, new: Tensor) -> None:
+    states.flatten(0, 1).index_copy_(0, slots, new.to(states.dtype))
 
 
-def _mixer(spec: Mixer, weights: Weights, layer: int) -> GroupedQueryAttention | LatentAttention:
-    match spec:
-        case GroupedQuery():
-            return GroupedQueryAttention(spec, weights, layer)
-        case Latent():
-            return LatentAttention(spec, weights, layer)
-
-
-def _feed_forward(spec: FeedForward, weights: Weights, layer: int) -> SwiGlu | MixtureOfExperts:
-    match spec:
-        case Dense():
-            return SwiGlu(weights, layer)
-        case Mixture():
-            return MixtureOfExperts(spec, weights, layer)
+def _slots_behind(batch: AttentionBatch, positions: Tensor, rows: Tensor, block_size: int) -> Tensor:
+    """Where the tokens behind those at `rows` (R,) will stand: (R,)."""
+    ends = torch.tensor(batch.query_starts[1:], device=rows.device)
+    owners = torch.searchsorted(ends, rows, right=True)
+    places = positions[rows] + 1
+    return batch.block_tables[owners, places // block_size] * block_size + places % block_size
