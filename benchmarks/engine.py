@@ -1,17 +1,18 @@
 """How the engine behaves on this machine's CPU, beyond one figure: `python -m benchmarks.engine [--weights int8]`.
 
-Owns five questions, each with its table: how throughput grows with the number of sequences, what a step costs besides
-the model, what a shared prefix saves, how long a first token takes under load, and what a code completion costs. On
-random weights of Mixtral's shape with 0.5 billion parameters, made on first use, and the engine alone: no Kafka, no
-text. Some four minutes.
+Owns six questions, each with its table: how throughput grows with the number of sequences, what a step costs besides
+the model, what of it drafts add, what a shared prefix saves, how long a first token takes under load, and what a code
+completion costs. On random weights of Mixtral's shape with 0.5 billion parameters, made on first use, and the engine
+alone: no Kafka, no text. Some four minutes.
 """
 
 import argparse
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median, quantiles
@@ -28,9 +29,13 @@ from engine.drafting import Drafting
 from engine.lookup import PromptLookup
 from engine.metering import Meter
 from engine.runner import Runner
+from engine.sampler import Drawn, sampling_rows
 from engine.scheduler import Scheduler
+from engine.sequence import Share, nobodys
 from engine.types import Capacity, Request, Sampling, StepResult
 from kernels.backends import pick
+from kernels.ops import SamplingRow
+from kernels.transfer import Returning
 
 MODEL = "mixtral-0.5b"
 CACHE_TOKENS = 32 * 1024
@@ -181,6 +186,39 @@ def without_model(num_sequences: int) -> Core:
     return core
 
 
+def choosing(num: int = 64) -> None:
+    """What the host takes to say how each row is sampled, and to keep or reject each draft once all rows are."""
+    print(f"\n{num} sequences, drafts of each: ms to say how, greedy and sampled; ms to keep or reject")
+    for num_drafts in (0, 4, 8):
+        greedy, sampled = ([drafted(temperature, num_drafts) for _ in range(num)] for temperature in (0.0, 1.0))
+        tokens = torch.zeros(num * (1 + num_drafts), dtype=torch.int64)  # as drafted: all are kept
+        drawn = Drawn(tokens, sampled, {}, Returning([tokens]), False)
+        calls = partial(_rows, greedy), partial(_rows, sampled), drawn.accepted
+        print(f"{num_drafts:8}", *(f"{1000 * _median_s(call):8.3f}" for call in calls), flush=True)
+
+
+def _rows(shares: list[Share]) -> list[SamplingRow]:
+    return [row for share in shares for row in sampling_rows(share)]
+
+
+def drafted(temperature: float, num_drafts: int, length: int = 128) -> Share:
+    """Of a sequence that decodes, with so many drafts behind its last token."""
+    sequence = nobodys(length, [])
+    sampling = Sampling(tokens_max=2 * length, temperature=temperature)
+    sequence.request = Request(id=-1, prompt=(0,) * length, sampling=sampling)
+    sequence.num_computed, sequence.drafts = length - 1, [0] * num_drafts
+    return sequence.share(1 + num_drafts)
+
+
+def _median_s(call: Callable[[], object], num: int = 200) -> float:
+    times = []
+    for _ in range(num):
+        began_s = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began_s)
+    return median(times)
+
+
 def main() -> None:
     """Prints each table as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -198,7 +236,7 @@ def main() -> None:
     bench = Bench(build(config, folder))
     bench.core.meter.start()
     print(f"{MODEL} in {asked.weights} on {len(os.sched_getaffinity(0))} cores")
-    for ask in (bench.growth, overhead, bench.prefix, bench.waiting, bench.completion):
+    for ask in (bench.growth, overhead, choosing, bench.prefix, bench.waiting, bench.completion):
         ask()
 
 
