@@ -9,12 +9,15 @@ values', where it differs), C hidden size,
 I intermediate size, E experts, K chosen experts, N blocks, B block size, V vocabulary.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+Normed: TypeAlias = Any
+"""What a table's `add_rms_norm` gives: a tensor (T, C), or what its products take in the place of one."""
 
 
 class Plan(Protocol):
@@ -47,7 +50,7 @@ class AttentionBatch:
 class Linear(Protocol):
     """x (T, in) times one prepared matrix (out, in), transposed: (T, out)."""
 
-    def __call__(self, x: Tensor, weight: Any) -> Tensor:
+    def __call__(self, x: Normed, weight: Any) -> Tensor:
         """The product, in x's number format."""
         ...
 
@@ -153,7 +156,7 @@ class Experts(Protocol):
 
     def __call__(
         self,
-        x: Tensor,
+        x: Normed,
         chosen_weights: Tensor,
         chosen: Tensor,
         gate_up: Sequence[Any],
@@ -181,6 +184,10 @@ class WeightKernel:
     stack: Callable[[Sequence[Any]], Sequence[Any]] = list
 
 
+def _as_it_is(weight: Tensor, _layouts: Collection[str]) -> Tensor:
+    return weight
+
+
 def _use_torch_threads(number: int) -> None:
     if number:
         torch.set_num_threads(number)
@@ -195,8 +202,11 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     """(x (T, C), weight (C,), eps) -> (T, C)."""
 
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    """(x, residual, weight, eps) -> (rms_norm(x + residual), x + residual)."""
+    add_rms_norm: Callable[[Tensor, Tensor, Any, float], tuple[Normed, Tensor]]
+    """(x, residual, weight, eps) -> (rms_norm(x + residual), x + residual).
+
+    The weight is (C,), and then the norm is a tensor, or what `prepare_norm` made of such.
+    """
 
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(x (T, heads, D), cos (T, D/2), sin (T, D/2)) -> (T, heads, D): halves rotated, Llama's layout."""
@@ -234,6 +244,12 @@ class Ops:
 
     weights: Mapping[str, WeightKernel]
     """By layout. One without an entry is unpacked and multiplied: slow and right."""
+
+    prepare_norm: Callable[[Tensor, Collection[str]], Any] = _as_it_is
+    """(weight (C,), the layouts of what multiplies the norm's output) -> what `add_rms_norm` takes; once, at load.
+
+    Where products of such a layout begin by rounding what they read, the norm can leave it rounded.
+    """
 
     use_threads: Callable[[int], None] = _use_torch_threads
     """Divides the work of this process among so many processor threads; 0: as many as torch took at its start."""

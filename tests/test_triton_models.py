@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from engine.loader import load
 from engine.models import KVCache
 from kernels import reference
-from kernels.ops import AttentionBatch, Ops
-from kernels.triton import OPS
+from kernels.ops import AttentionBatch, Normed, Ops
+from kernels.triton import OPS, quantize
 from tests import tiny_models, triton_interpreter
 from tests.triton_memory import guarded
 
@@ -52,6 +53,27 @@ def test_with_fp8_weights_they_are_those_of_rounded_activations(tmp_path: Path) 
     definition = replace(reference.OPS, weights={**reference.OPS.weights, "fp8": replace(unpacked, linear=linear)})
     actual, expected = (logits(path, table, "fp8-blocks") for table in (OPS, definition))
     assert (actual - expected).norm() <= FP8_TOLERANCE * expected.norm()
+
+
+def test_no_product_rounds_what_a_norm_has_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_interpreter.install()
+    given: list[Tensor] = []
+    rounded: list[Tensor] = []
+    alone = quantize.quantize
+
+    def add_rms_norm(*arguments: Any) -> tuple[Normed, Tensor]:
+        normed, total = OPS.add_rms_norm(*arguments)
+        given.append(quantize.plain(normed))
+        return normed, total
+
+    def round_alone(x: Tensor) -> quantize.Rows:
+        rounded.append(x)
+        return alone(x)
+
+    monkeypatch.setattr(quantize, "quantize", round_alone)
+    logits(tiny_models.tiny_deepseek_v2(tmp_path), replace(OPS, add_rms_norm=add_rms_norm), "fp8-blocks")
+    assert rounded, "attention's output, at least"
+    assert not {id(x) for x in given} & {id(x) for x in rounded}
 
 
 def logits(path: Path, ops: Ops, weights: str = "bf16") -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.cache import row_size
 from kernels.ops import AttentionBatch, HeadNorms, SamplingRow
-from kernels.triton import OPS, attention, cache, elementwise, logprobs, products, route, sample
+from kernels.triton import OPS, attention, cache, elementwise, logprobs, norms, products, route, sample
 from kernels.triton.heads import rotate_and_write
 from kernels.triton.weights import INT4_DEPTHS, Matrices
 
@@ -22,10 +22,10 @@ def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def norms(hidden_size: int) -> None:
+def norm(hidden_size: int, layout: str) -> None:
     x, weight = tensor(8, hidden_size), tensor(hidden_size)
-    elementwise.rms_norm(x, weight, 1e-6)
-    elementwise.add_rms_norm(x, x, weight, 1e-6)
+    norms.rms_norm(x, weight, 1e-6)
+    norms.add_rms_norm(x, x, norms.prepare_norm(weight, [layout]), 1e-6)
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def before_attention(heads: Heads, dtype: torch.dtype = torch.bfloat16, *, has_n
     H, G, D = heads.num_heads, heads.num_kv_heads, heads.head_size
     qkv, angles = tensor(8, H + 2 * G, D), tensor(8, D // 2, dtype=torch.float32)
     kept = tensor(1024, 16, G, row_size(D, dtype), dtype=dtype)
-    norms = HeadNorms(tensor(D), tensor(D), 1e-6) if has_norms else None
-    rotate_and_write(qkv, norms, angles, angles, kept, kept, tensor(8, dtype=torch.int64))
+    head_norms = HeadNorms(tensor(D), tensor(D), 1e-6) if has_norms else None
+    rotate_and_write(qkv, head_norms, angles, angles, kept, kept, tensor(8, dtype=torch.int64))
 
 
 def latents() -> None:
@@ -145,8 +145,10 @@ def tell_logprobs(vocab_size: int) -> None:
 
 
 LAUNCHES: Mapping[str, Callable[[], object]] = {
-    "norms, Qwen3-30B-A3B": partial(norms, 2048),
-    "norms, GPT-OSS": partial(norms, 2880),
+    "norms, Qwen3-30B-A3B": partial(norm, 2048, "int4"),
+    "norms, GPT-OSS": partial(norm, 2880, "mxfp4"),
+    "norms, rounded too, Qwen3-30B-A3B": partial(norm, 2048, "fp8"),
+    "norms, rounded too, DeepSeek-V3": partial(norm, 7168, "fp8"),
     "rotate and write, Qwen3-30B-A3B": partial(before_attention, QWEN3, has_norms=True),
     "rotate and write, GPT-OSS": partial(before_attention, GPT_OSS),
     "rotate and write fp8, Qwen3-30B-A3B": partial(before_attention, QWEN3, torch.float8_e4m3fn, has_norms=True),

@@ -16,6 +16,7 @@ from kernels import reference
 from kernels.cache import CACHE_DTYPES, decode, row_size
 from kernels.ops import HeadNorms, SamplingRow
 from kernels.triton import OPS
+from kernels.triton.quantize import Rows
 from kernels.triton.weights import Matrices
 from kernels.weights import FP8_GROUP
 
@@ -39,6 +40,8 @@ def checks() -> Iterator[tuple[str, Tensor, Tensor]]:
     total = (x + residual).double()
     norm = total * (total.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
     yield "add_rms_norm", OPS.add_rms_norm(x, residual, weight, 1e-6)[0], norm
+    forms, _ = OPS.add_rms_norm(x, residual, OPS.prepare_norm(weight, ["fp8"]), 1e-6)
+    yield "add_rms_norm, rounded too", unrounded(forms.rounded), rounded_fp8(forms.plain)
     gate, up = x.double().chunk(2, -1)
     yield "swiglu", OPS.swiglu(x), gate.sigmoid() * gate * up
     yield from attention_checks()
@@ -94,6 +97,12 @@ def product_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
 def rounded_fp8(x: Tensor) -> Tensor:
     """Activations as products with fp8 weights read them."""
     return reference.quantize_rows_fp8(x).double()
+
+
+def unrounded(rows: Rows) -> Tensor:
+    """What rounded activations stand for."""
+    assert rows.scales is not None
+    return rows.values.float() * rows.scales.T.repeat_interleave(FP8_GROUP, 1)[:, : rows.values.shape[1]]
 
 
 def widened(matrix: Matrices) -> Tensor:

@@ -21,6 +21,7 @@ from kernels import reference
 from kernels.cache import CACHE_DTYPES, row_size
 from kernels.ops import HeadNorms, SamplingRow
 from kernels.triton import OPS
+from kernels.triton.quantize import quantize
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,13 @@ def small_cases() -> Iterator[Case]:
         yield Case(
             f"sum and norm, {num_tokens} x 2048", [partial(OPS.add_rms_norm, x, x, weight, 1e-6)], 8.0 * x.numel()
         )
+        rounding = OPS.prepare_norm(weight, ["fp8"])
+        yield Case(
+            f"sum and norm, rounded too, {num_tokens} x 2048",
+            [partial(OPS.add_rms_norm, x, x, rounding, 1e-6)],
+            9.0 * x.numel(),
+        )
+        yield Case(f"rounding alone, {num_tokens} x 2048", [partial(quantize, x)], 3.0 * x.numel())
         yield Case(f"swiglu, {num_tokens} x 4096", [partial(OPS.swiglu, gate_up)], 3.0 * gate_up.numel())
         logits = torch.randn(num_tokens, 128, device=DEVICE)
         yield Case(f"route, {num_tokens} x 128", [partial(OPS.route, logits, 8, "softmax", True)], 4.0 * logits.numel())

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.models.layers import StepInputs, Weights
 from engine.models.parameters import Parameter
 from engine.models.spec import GroupedQuery, QueryKeyNorm
-from kernels.ops import HeadNorms, Ops
+from kernels.ops import HeadNorms, Normed, Ops
 
 
 class GroupedQueryAttention:
@@ -22,16 +22,18 @@ class GroupedQueryAttention:
         self._scale = spec.head_size**-0.5
         fused = [Parameter(f"attention.{role}", layer) for role in ("query", "key", "value")]
         self._qkv = weights.projection(*fused, bias=[_bias(parameter) for parameter in fused if spec.bias])
+        self.layouts = {self._qkv.layout}  # of what multiplies its input
         output = Parameter("attention.output", layer)
         self._output = weights.projection(output, bias=[_bias(output)] if spec.output_bias else ())
         self._sinks = weights.tensor(Parameter("attention.sinks", layer)) if spec.sinks else None  # (H,)
         self._head_norms, self._joint_norms = _norms(spec.query_key_norm, weights, layer)
 
-    def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
+    def __call__(self, x: Normed, step: StepInputs) -> Tensor:
         """What x (T, C) adds to the residual stream (T, C). The step's keys and values are in the cache afterwards."""
         H, G = self._spec.num_heads, self._spec.num_kv_heads
         key_cache, value_cache = step.key_caches[self._layer], step.value_caches[self._layer]
-        heads = self._jointly_normed(self._qkv(x).view(len(x), H + 2 * G, self._spec.head_size))  # (T, H + 2 G, D)
+        qkv = self._qkv(x)
+        heads = self._jointly_normed(qkv.view(len(qkv), H + 2 * G, self._spec.head_size))  # (T, H + 2 G, D)
         queries = self._ops.rotate_and_write(
             heads, self._head_norms, step.cos, step.sin, key_cache, value_cache, step.batch.slots
         )  # (T, H, D)

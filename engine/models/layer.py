@@ -23,10 +23,10 @@ class Layer:
         self._eps = eps
         self._add_norm = weights.ops.add_rms_norm
         self._all_of = weights.ranks.sum
-        self.mixer_norm = weights.tensor(Parameter("mixer.norm", index))
         self.mixer = _mixer(spec.mixer, weights, index)
-        self.feed_forward_norm = weights.tensor(Parameter("feed_forward.norm", index))
+        self.mixer_norm = weights.norm(Parameter("mixer.norm", index), self.mixer.layouts)
         self.feed_forward = _feed_forward(spec.feed_forward, weights, index)
+        self.feed_forward_norm = weights.norm(Parameter("feed_forward.norm", index), self.feed_forward.layouts)
 
     def with_experts(self, num_chosen: int) -> "Layer":
         """The same weights, with so many experts for each token at most where there are any."""

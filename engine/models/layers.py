@@ -3,7 +3,7 @@
 Owns the step from a stored tensor to what a backend multiplies by. Chooses no format and reads no file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from engine.errors import ModelError
 from engine.models.parameters import Parameter, Tensors
 from engine.quant import DENSE_FORMATS, FORMATS, Kept, WeightFormat, keep, stack_rows
 from engine.ranks import ALONE, Ranks
-from kernels.ops import AttentionBatch, Ops, WeightKernel
+from kernels.ops import AttentionBatch, Normed, Ops, WeightKernel
 from kernels.weights import DEQUANTIZE
 
 AUTO = "auto"
@@ -40,7 +40,7 @@ class Projection:
         self.weight = weight
         self.bias = bias
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Normed) -> Tensor:
         """The outputs (T, out) of x (T, in)."""
         y = self.kernel.linear(x, self.weight)
         return y if self.bias is None else y + self.bias
@@ -66,6 +66,10 @@ class Weights:
     def tensor(self, parameter: Parameter) -> Tensor:
         """The parameter in the activations' dtype."""
         return self.tensors.take(parameter).floats().to(self.device, self.dtype, copy=True)
+
+    def norm(self, parameter: Parameter, layouts: Collection[str]) -> Any:
+        """A norm's weight as `Ops.add_rms_norm` takes it. `layouts`: of all the matrices that multiply its output."""
+        return self.ops.prepare_norm(self.tensor(parameter), layouts)
 
     def exact(self, parameter: Parameter) -> Tensor:
         """The parameter in fp32, whatever the activations' dtype: it decides between numbers that are all but equal."""
@@ -151,7 +155,8 @@ class SwiGlu:
         self._ops = weights.ops
         self._gate_up = weights.projection(Parameter(f"{role}.gate", layer), Parameter(f"{role}.up", layer))
         self._down = weights.projection(Parameter(f"{role}.down", layer))
+        self.layouts = {self._gate_up.layout}  # of what multiplies its input
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Normed) -> Tensor:
         """What x (T, C) adds to the residual stream (T, C)."""
         return self._down(self._ops.swiglu(self._gate_up(x)))

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.models.layers import StepInputs, Weights
 from engine.models.parameters import Parameter
 from engine.models.spec import Latent
+from kernels.ops import Normed
 
 
 class LatentAttention:
@@ -25,13 +26,14 @@ class LatentAttention:
         self._down = weights.projection(
             Parameter("latent.down", layer), order=_halves_from_pairs(1, spec.latent_size, spec.rotary_size)
         )
+        self.layouts = self._query.layouts | {self._down.layout}  # of what multiplies its input
         self._norm = weights.tensor(Parameter("latent.norm", layer))  # (R,)
         up = weights.tensor(Parameter("latent.up", layer)).view(spec.num_heads, -1, spec.latent_size)
         self._key_up = up[:, : spec.plain_size].contiguous()  # (H, plain, R)
         self._value_up = up[:, spec.plain_size :].mT.contiguous()  # (H, R, Dv)
         self._output = weights.projection(Parameter("attention.output", layer))
 
-    def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
+    def __call__(self, x: Normed, step: StepInputs) -> Tensor:
         """What x (T, C) adds to the residual stream (T, C). The step's latents are in the cache afterwards."""
         H, R = self._spec.num_heads, self._spec.latent_size
         key_cache, value_cache = step.key_caches[self._layer], step.value_caches[self._layer]
@@ -60,12 +62,14 @@ class _Query:
             self._norm = weights.tensor(Parameter("latent.query_norm", layer))
         role = "latent.query_up" if spec.query_latent_size else "latent.query"
         self._up = weights.projection(Parameter(role, layer), order=order)
+        self.layouts = {(self._down or self._up).layout}
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Normed) -> Tensor:
         """For x (T, C): (T, H, plain + rotary)."""
         if self._down is not None and self._norm is not None:
             x = self._ops.rms_norm(self._down(x), self._norm, self._spec.norm_eps)
-        return self._up(x).view(len(x), self._spec.num_heads, -1)
+        query = self._up(x)
+        return query.view(len(query), self._spec.num_heads, -1)
 
 
 def _halves_from_pairs(num_heads: int, plain_size: int, rotary_size: int) -> Tensor:

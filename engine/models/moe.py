@@ -16,7 +16,7 @@ from engine.models.layers import SwiGlu, Weights
 from engine.models.parameters import Parameter
 from engine.models.spec import Clamp, Mixture
 from engine.quant import FORMATS
-from kernels.ops import Ops
+from kernels.ops import Normed, Ops
 
 
 class MixtureOfExperts:
@@ -43,6 +43,8 @@ class MixtureOfExperts:
                 f"the experts of layer {layer} are kept as {' and '.join(sorted(layouts))}, which cannot be multiplied "
                 f"together; set weights to one of {', '.join(FORMATS)}"
             )
+        of_shared = self._shared.layouts if self._shared else set()
+        self.layouts = {self._router.layout} | layouts | of_shared  # of what multiplies its input
         self._linear = kernel.linear
         self._gate_up = kernel.stack([projection.weight for projection in gate_up])
         self._down = kernel.stack([projection.weight for projection in down])
@@ -53,7 +55,7 @@ class MixtureOfExperts:
         other._spec = replace(self._spec, num_chosen=min(num_chosen, self._spec.num_chosen))
         return other
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Normed) -> Tensor:
         """The weighted sum of each token's chosen experts, plus the shared expert: x (T, C) -> (T, C)."""
         spec, logits = self._spec, self._router(x)  # (T, E)
         weights, chosen = self._ops.route(
@@ -108,8 +110,9 @@ class _Shared:
         self._expert = SwiGlu(weights, layer, role="shared")
         gate = Parameter("shared_gate", layer)
         self._gate = weights.dense_projection(weights.tensor(gate)) if spec.shared_gate else None
+        self.layouts = self._expert.layouts
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Normed) -> Tensor:
         """What x (T, C) gets from it (T, C)."""
         output = self._expert(x)
         return output if self._gate is None else output * self._gate(x).sigmoid()

@@ -8,13 +8,14 @@ import dataclasses
 
 from kernels import reference
 from kernels.ops import WeightKernel
-from kernels.triton import attention, cache, elementwise, heads, logprobs, products, route, sample, weights
+from kernels.triton import attention, cache, elementwise, heads, logprobs, norms, products, route, sample, weights
 
 OPS = dataclasses.replace(
     reference.OPS,
     name="triton",
-    rms_norm=elementwise.rms_norm,
-    add_rms_norm=elementwise.add_rms_norm,
+    rms_norm=norms.rms_norm,
+    add_rms_norm=norms.add_rms_norm,
+    prepare_norm=norms.prepare_norm,
     rotary=elementwise.rotary,
     write_kv=cache.write_kv,
     rotate_and_write=heads.rotate_and_write,

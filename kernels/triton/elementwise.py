@@ -1,7 +1,7 @@
-"""Norms, activation and rotary embedding: one pass over memory each.
+"""Activation and rotary embedding: one pass over memory each.
 
-Bound by memory: the bytes beside each kernel are its whole cost on a full device, and its launch on an empty one. Sums
-run in fp32. A row may begin anywhere (a view of some columns); within it the elements are neighbours.
+Bound by memory: the bytes beside each kernel are its whole cost on a full device, and its launch on an empty one. A row
+may begin anywhere (a view of some columns); within it the elements are neighbours.
 """
 
 import torch
@@ -11,52 +11,6 @@ from torch import Tensor
 
 COLUMNS_PER_WARP = 512  # two 16-byte loads of bf16 a lane
 COLUMNS_PER_PROGRAM = 2048  # of what has no sum along the row: more programs at one token, and four warps each
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As the definition. Reads and writes x once: 4 T C bytes in bf16."""
-    rows = x.reshape(-1, x.shape[-1])  # (T, C)
-    normed = torch.empty_like(rows)
-    if len(rows):
-        _rms_norm[len(rows),](
-            rows, rows, weight, normed, normed, rows.stride(0), 0, rows.shape[1], eps, ADD=False, **_row_of(rows)
-        )
-    return normed.view(x.shape)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As the definition. Two reads and two writes: 8 T C bytes in bf16."""
-    normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    if len(x):
-        _rms_norm[len(x),](
-            x, residual, weight, normed, total, x.stride(0), residual.stride(0), x.shape[1], eps, ADD=True, **_row_of(x)
-        )
-    return normed, total
-
-
-@triton.jit
-def _rms_norm(
-    x, residual, weight, normed, total, x_stride, residual_stride, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
-    # One program a row, which stays in registers between the sum and the product.
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < C
-    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
-    if ADD:
-        other = tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0)
-        values = (values.to(tl.float32) + other.to(tl.float32)).to(values.dtype)  # rounded as the residual will be
-        tl.store(total + row * C + columns, values, mask=inside)
-    values = values.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values) / C + eps)
-    scaled = values * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + row * C + columns, scaled.to(normed.dtype.element_ty), mask=inside)
-
-
-def _row_of(x: Tensor) -> dict[str, int]:
-    """The launch of a program that holds a whole row."""
-    block = triton.next_power_of_2(x.shape[-1])
-    return {"BLOCK": block, "num_warps": warps(block)}
 
 
 def warps(num_elements: int) -> int:

@@ -19,7 +19,7 @@ from kernels.triton.alignment import Aligned, align
 from kernels.triton.combine import combine
 from kernels.triton.elementwise import swiglu
 from kernels.triton.multiply import Gate, multiply, multiply_and_quantize
-from kernels.triton.quantize import rows_for
+from kernels.triton.quantize import TwoForms, plain, rows_for
 from kernels.triton.weights import Matrices
 from kernels.triton.widen import widen
 
@@ -27,27 +27,29 @@ from kernels.triton.widen import widen
 UNSORTED_SHARE = 4
 
 
-def linear(x: Tensor, weight: Matrices) -> Tensor:
+def linear(x: Tensor | TwoForms, weight: Matrices) -> Tensor:
     """The product of x (T, in) and one matrix: (T, out) in x's dtype, with fp32 sums.
 
     Operands are bf16, or e4m3 where the weight is: `reference.quantize_rows_fp8`.
     """
-    if not len(x):
-        return x.new_empty(0, weight.num_out)
-    if len(x) > tiles.DENSE_TOKENS_MAX and weight.format != "fp8":
-        return functional.linear(x.bfloat16(), widen(weight)).to(x.dtype)
-    tile = tiles.product_tile(weight.format, weight.depth, len(x), 1, weight.num_out, weight.num_in)
-    product = multiply(rows_for(weight.format, x), weight, tile, num_pairs=len(x))  # (splits, T, out)
-    return (product[0] if len(product) == 1 else combine(product, 1, None)).to(x.dtype)
+    tokens = plain(x)
+    if not len(tokens):
+        return tokens.new_empty(0, weight.num_out)
+    if len(tokens) > tiles.DENSE_TOKENS_MAX and weight.format != "fp8":
+        return functional.linear(tokens.bfloat16(), widen(weight)).to(tokens.dtype)
+    tile = tiles.product_tile(weight.format, weight.depth, len(tokens), 1, weight.num_out, weight.num_in)
+    product = multiply(rows_for(weight.format, x), weight, tile, num_pairs=len(tokens))  # (splits, T, out)
+    return (product[0] if len(product) == 1 else combine(product, 1, None)).to(tokens.dtype)
 
 
-def linear_bf16(x: Tensor, weight: Matrices) -> Tensor:
+def linear_bf16(x: Tensor | TwoForms, weight: Matrices) -> Tensor:
     """As `linear`, by cuBLAS, which is as fast at any number of tokens."""
-    return functional.linear(x.bfloat16(), weight.values[0]).to(x.dtype)
+    tokens = plain(x)
+    return functional.linear(tokens.bfloat16(), weight.values[0]).to(tokens.dtype)
 
 
 def experts(
-    x: Tensor,
+    x: Tensor | TwoForms,
     chosen_weights: Tensor,
     chosen: Tensor,
     gate_up: Sequence[Any],
@@ -58,10 +60,13 @@ def experts(
     down_bias: Tensor | None = None,
 ) -> Tensor:
     """As the definition, from operands as in `linear`; either gate of the table within the first product."""
+    tokens = plain(x)
     if not isinstance(gate_up, Matrices) or not isinstance(down, Matrices):  # fp32: for comparison, not for serving
-        return reference.experts(x, chosen_weights, chosen, gate_up, down, linear, activation, gate_up_bias, down_bias)
-    if not len(x):
-        return torch.empty_like(x)
+        return reference.experts(
+            tokens, chosen_weights, chosen, gate_up, down, linear, activation, gate_up_bias, down_bias
+        )
+    if not len(tokens):
+        return torch.empty_like(tokens)
     chosen, chosen_weights = chosen.contiguous(), chosen_weights.contiguous()
     gate, num_pairs, num_experts = _gate(activation), chosen.numel(), len(gate_up)
     inner_tile, outer_tile = (
@@ -86,7 +91,7 @@ def experts(
         product = multiply(rows, gate_up, inner_tile, num_pairs, places, gate_up_bias, shared_by, gate)
         inner = rows_for(down.format, _summed(product) if gate else activation(_summed(product)))
     outer = multiply(inner, down, outer_tile, num_pairs, places, down_bias)  # (splits, T * K, C)
-    return combine(outer, shared_by, chosen_weights).to(x.dtype)
+    return combine(outer, shared_by, chosen_weights).to(tokens.dtype)
 
 
 def _summed(product: Tensor) -> Tensor:

@@ -25,22 +25,42 @@ class Rows:
     scales: Tensor | None  # (in / 128, rows) fp32: a tile's tokens are neighbours
 
 
-def rows_for(format: str, x: Tensor) -> Rows:
+@dataclass(frozen=True)
+class TwoForms:
+    """The same activations for products of either kind: what `add_rms_norm` gives where both may follow."""
+
+    plain: Tensor  # (rows, in) bf16
+    rounded: Rows
+
+
+def plain(x: Tensor | TwoForms) -> Tensor:
+    """Activations (rows, in) as they are."""
+    return x.plain if isinstance(x, TwoForms) else x
+
+
+def rows_for(format: str, x: Tensor | TwoForms) -> Rows:
     """Activations (rows, in) as products with matrices of the format read them."""
-    return quantize(x) if format == "fp8" else Rows(x.bfloat16(), None)
+    if format != "fp8":
+        return Rows(plain(x).bfloat16(), None)
+    return x.rounded if isinstance(x, TwoForms) else quantize(x)
+
+
+def empty_rows(num_rows: int, num_in: int, device: torch.device) -> Rows:
+    """Room for rounded rows."""
+    values = torch.empty(num_rows, num_in, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(triton.cdiv(num_in, FP8_GROUP), num_rows, dtype=torch.float32, device=device)
+    return Rows(values, scales)
 
 
 def quantize(x: Tensor) -> Rows:
     """As the definition, in e4m3 and apart from the scales. A NaN stays one by itself: no product cares which."""
     num_rows, num_in = x.shape
-    num_groups = triton.cdiv(num_in, FP8_GROUP)
-    values = torch.empty(num_rows, num_in, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(num_groups, num_rows, dtype=torch.float32, device=x.device)
+    rows, num_groups = empty_rows(num_rows, num_in, x.device), triton.cdiv(num_in, FP8_GROUP)
     groups = min(triton.next_power_of_2(num_groups), GROUPS_PER_PROGRAM)
     _quantize[num_rows, triton.cdiv(num_groups, groups)](
-        x, values, scales, x.stride(0), num_rows, num_in, GROUPS=groups, GROUP=FP8_GROUP
+        x, rows.values, rows.scales, x.stride(0), num_rows, num_in, GROUPS=groups, GROUP=FP8_GROUP
     )
-    return Rows(values, scales)
+    return rows
 
 
 @triton.jit
@@ -50,10 +70,16 @@ def _quantize(x, values, scales, stride, num_rows, num_in, GROUPS: tl.constexpr,
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = column < num_in
     numbers = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    levels, group_scales = round_groups(numbers)
+    tl.store(values + row * num_in + column, levels, mask=inside)
+    tl.store(scales + group.to(tl.int64) * num_rows + row, group_scales, mask=group * GROUP < num_in)
+
+
+@triton.jit
+def round_groups(numbers):
+    """Numbers (groups, 128) fp32 in e4m3, and the scale of each group."""
     most = tl.max(tl.abs(numbers), 1)
-    levels = numbers * per_level(most)[:, None]
-    tl.store(values + row * num_in + column, levels.to(tl.float8e4nv), mask=inside)
-    tl.store(scales + group.to(tl.int64) * num_rows + row, most / FP8_MAX, mask=group * GROUP < num_in)
+    return (numbers * per_level(most)[:, None]).to(tl.float8e4nv), most / FP8_MAX
 
 
 @triton.jit
