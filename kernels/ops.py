@@ -165,8 +165,9 @@ class Experts(Protocol):
         activation: Callable[[Tensor], Tensor],
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
+        shared: Tensor | None = None,
     ) -> Tensor:
-        """The weighted sum of each token's chosen experts."""
+        """The weighted sum of each token's chosen experts, and `shared` (T, C) where there is such."""
         ...
 
 

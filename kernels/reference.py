@@ -189,8 +189,9 @@ def experts(
     activation: Callable[[Tensor], Tensor],
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
-    """The weighted sum of the chosen experts' outputs for each token, summed in fp32."""
+    """The weighted sum of the chosen experts' outputs for each token, in fp32; rounded, what is shared is added."""
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in range(len(gate_up)):
         tokens, places = torch.where(chosen == expert)
@@ -200,7 +201,8 @@ def experts(
             output = linear(inner, down[expert])  # (tokens of the expert, C)
             output = output if down_bias is None else output + down_bias[expert]
             total.index_add_(0, tokens, output.float() * chosen_weights[tokens, places, None].float())
-    return total.to(x.dtype)
+    routed = total.to(x.dtype)
+    return routed if shared is None else routed + shared
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

@@ -454,6 +454,22 @@ def test_experts_sum_the_chosen_ones_by_weight(any_ops: Ops) -> None:
     assert_close(actual, x * torch.tensor([[0.5 * 4 + 0.25], [2.0 * 4]]), TOLERANCE[torch.float32])
 
 
+@pytest.mark.filterwarnings("ignore:this processor has no bf16")
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_experts_add_what_all_tokens_share(any_ops: Ops, name: str, num_tokens: int) -> None:
+    kernel, dtype = any_ops.weights[name], torch.float32 if name == "fp32" else torch.bfloat16
+    matrices = [[FORMATS[name].quantize(torch.randn(shape) * 0.1) for _ in range(4)] for shape in [(64, 64), (64, 32)]]
+    gate_up, down = (kernel.stack([kernel.prepare(parts) for parts in of]) for of in matrices)
+    x, shared = torch.randn(2, num_tokens, 64).to(dtype)
+    weights, chosen = reference.route(torch.randn(num_tokens, 4), 2, "softmax", True)
+    alone, together = (
+        any_ops.experts(x, weights, chosen, gate_up, down, kernel.linear, any_ops.swiglu, shared=what)
+        for what in (None, shared)
+    )
+    assert_close(together, alone + shared, TOLERANCE[dtype])
+
+
 def test_experts_add_their_biases(any_ops: Ops) -> None:
     linear = reference.OPS.weights["fp32"].linear
     doubling = [torch.eye(4) * e for e in range(3)]
@@ -464,6 +480,8 @@ def test_experts_add_their_biases(any_ops: Ops) -> None:
     of = [(x * e + inner[e]) * e + outer[e] for e in range(3)]  # what each expert makes of both rows
     expected = torch.stack([0.5 * of[2][0] + 0.25 * of[1][0], of[0][1] + 2 * of[2][1]])
     assert_close(actual, expected, TOLERANCE[torch.float32])
+    shared = any_ops.experts(x, weights, chosen, doubling, doubling, linear, torch.clone, inner, outer, x)
+    assert_close(shared, expected + x, TOLERANCE[torch.float32])
     without = any_ops.experts(x, weights, chosen, doubling, doubling, linear, torch.clone, inner)
     assert_close(without, expected - (outer[chosen] * weights[..., None]).sum(1), 2 * TOLERANCE[torch.float32])
 

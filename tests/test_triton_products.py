@@ -120,6 +120,7 @@ class Case:
     intermediate: int = 64
     has_bias: bool = False
     gate: str = "swiglu"
+    has_shared: bool = False
 
 
 CASES = {
@@ -132,6 +133,8 @@ CASES = {
     "an expert nobody chose": Case(3, num_experts=30, num_chosen=3),
     "outputs that no tile divides": Case(20, num_experts=3, num_chosen=2, hidden=96, intermediate=160),
     "inputs in many pieces, split": Case(5, num_experts=2, intermediate=1024),
+    "what all tokens share": Case(20, num_chosen=2, hidden=96, has_shared=True),
+    "what all tokens share, inputs split": Case(2, num_experts=2, intermediate=1024, has_shared=True),
     "biases": Case(20, num_chosen=2, has_bias=True),
     "biases, and inputs split": Case(2, num_experts=2, intermediate=1024, has_bias=True),
     "a clamped gate": Case(20, num_chosen=2, gate="clamped"),
@@ -148,8 +151,11 @@ CASES = {
 def test_experts_are_the_definitions(case: Case, name: str) -> None:
     shapes = (2 * case.intermediate, case.hidden), (case.hidden, case.intermediate)
     parts = [[FORMATS[name].quantize(torch.randn(shape) * 0.1) for _ in range(case.num_experts)] for shape in shapes]
-    biases = [torch.randn(case.num_experts, shape[0]).bfloat16() if case.has_bias else None for shape in shapes]
+    inner_bias, outer_bias = (
+        torch.randn(case.num_experts, shape[0]).bfloat16() if case.has_bias else None for shape in shapes
+    )
     x = torch.randn(case.num_tokens, case.hidden).bfloat16()
+    shared = torch.randn(case.num_tokens, 2 * case.hidden).bfloat16()[:, : case.hidden] if case.has_shared else None
     # Half of all tokens are of one mind, and no expert but the chosen ones has numbers.
     logits = torch.randn(case.num_tokens, case.num_experts)
     logits[::2] = logits[0].clone()
@@ -163,7 +169,8 @@ def test_experts_are_the_definitions(case: Case, name: str) -> None:
         activation = table.swiglu if case.gate == "swiglu" else partial(table.clamped_swiglu, alpha=1.7, limit=1.0)
         if case.gate == "of another kind":
             activation = halved_relu
-        return table.experts(x, chosen_weights, chosen, gate_up, down, linear, activation, *biases)
+        routed = x, chosen_weights, chosen, gate_up, down
+        return table.experts(*routed, linear, activation, inner_bias, outer_bias, shared)
 
     actual = mixed(OPS, x, OPS.weights[layout].linear)
     assert actual.dtype == x.dtype

@@ -91,11 +91,12 @@ class Mixture:
     intermediate: int
     num_experts: int
     num_chosen: int
+    has_shared: bool = False
 
 
 MIXTRAL_EXPERTS = Mixture(4096, 14336, 8, 2)
 QWEN3_EXPERTS = Mixture(2048, 768, 128, 8)
-V2_LITE_EXPERTS = Mixture(2048, 1408, 64, 6)
+V2_LITE_EXPERTS = Mixture(2048, 1408, 64, 6, has_shared=True)
 GPT_OSS_EXPERTS = Mixture(2880, 2880, 32, 4)
 
 
@@ -127,7 +128,9 @@ def mix(mixture: Mixture, format: str, num_tokens: int, *, is_clamped: bool = Fa
     x = tensor(num_tokens, mixture.hidden)
     activation = partial(OPS.clamped_swiglu, alpha=1.702, limit=7.0) if is_clamped else elementwise.swiglu
     biases = [tensor(mixture.num_experts, one.num_out) if is_clamped else None for one in (gate_up, down)]
-    products.experts(x, chosen_weights, chosen, gate_up, down, products.linear, activation, *biases)
+    shared = tensor(num_tokens, mixture.hidden) if mixture.has_shared else None
+    routed = x, chosen_weights, chosen, gate_up, down
+    products.experts(*routed, products.linear, activation, biases[0], biases[1], shared)
 
 
 def multiply(format: str, num_tokens: int, num_out: int, num_in: int) -> None:

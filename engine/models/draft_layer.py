@@ -31,4 +31,5 @@ class DraftLayer:
         tokens = self._ops.rms_norm(embedded, self._token_norm, self._eps)
         merged = self._merge(torch.cat([tokens, self._ops.rms_norm(states, self._state_norm, self._eps)], dim=-1))
         branch, residual = self._layer(torch.zeros_like(merged), merged, step)
-        return self._ops.add_rms_norm(branch, residual, self._norm, self._eps)[0]
+        normed: Tensor = self._ops.add_rms_norm(branch, residual, self._norm, self._eps)[0]
+        return normed

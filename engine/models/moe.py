@@ -70,7 +70,7 @@ class MixtureOfExperts:
         )
         if spec.held is not None:
             weights, chosen = _of_held(spec.held, weights, chosen)
-        routed = self._ops.experts(
+        return self._ops.experts(
             x,
             weights,
             chosen,
@@ -80,8 +80,8 @@ class MixtureOfExperts:
             self._activation,
             self._gate_up_bias,
             self._down_bias,
+            None if self._shared is None else self._shared(x),
         )
-        return routed if self._shared is None else routed + self._shared(x)
 
 
 def _of_held(held: range, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

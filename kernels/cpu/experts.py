@@ -23,15 +23,29 @@ def experts(
     activation: Callable[[Tensor], Tensor],
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """As the definition: a token's outputs are summed in fp32 and in the experts' order, whoever else is there.
 
     Biases go to the definition itself.
     """
     if gate_up_bias is not None or down_bias is not None:
-        return reference.experts(x, chosen_weights, chosen, gate_up, down, linear, activation, gate_up_bias, down_bias)
-    if len(x) == 1:
-        return _experts_of_one(x, chosen_weights, chosen, gate_up, down, linear, activation)
+        biases = gate_up_bias, down_bias
+        return reference.experts(x, chosen_weights, chosen, gate_up, down, linear, activation, *biases, shared)
+    of_tokens = _experts_of_one if len(x) == 1 else _experts_of_many
+    routed = of_tokens(x, chosen_weights, chosen, gate_up, down, linear, activation)
+    return routed if shared is None else routed + shared
+
+
+def _experts_of_many(
+    x: Tensor,
+    chosen_weights: Tensor,
+    chosen: Tensor,
+    gate_up: Sequence[Any],
+    down: Sequence[Any],
+    linear: Linear,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
     expert, order = chosen.flatten().sort(stable=True)  # (T * K,) both: pairs of a token and an expert, by expert
     tokens = order // chosen.shape[1]
     *num_tokens, num_others = torch.bincount(expert, minlength=len(gate_up) + 1).tolist()

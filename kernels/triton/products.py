@@ -58,13 +58,13 @@ def experts(
     activation: Callable[[Tensor], Tensor],
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """As the definition, from operands as in `linear`; either gate of the table within the first product."""
     tokens = plain(x)
     if not isinstance(gate_up, Matrices) or not isinstance(down, Matrices):  # fp32: for comparison, not for serving
-        return reference.experts(
-            tokens, chosen_weights, chosen, gate_up, down, linear, activation, gate_up_bias, down_bias
-        )
+        biases = gate_up_bias, down_bias
+        return reference.experts(tokens, chosen_weights, chosen, gate_up, down, linear, activation, *biases, shared)
     if not len(tokens):
         return torch.empty_like(tokens)
     chosen, chosen_weights = chosen.contiguous(), chosen_weights.contiguous()
@@ -84,14 +84,14 @@ def experts(
     places: Aligned | Tensor = chosen
     if num_pairs * UNSORTED_SHARE > num_experts:
         places = align(chosen, num_experts, inner_tile.tokens)
-    rows, shared_by = rows_for(gate_up.format, x), chosen.shape[1]
+    rows, num_chosen = rows_for(gate_up.format, x), chosen.shape[1]
     if gate and gate_up.format == "fp8":
-        inner = multiply_and_quantize(rows, gate_up, inner_tile, num_pairs, places, gate_up_bias, shared_by, gate)
+        inner = multiply_and_quantize(rows, gate_up, inner_tile, num_pairs, places, gate_up_bias, num_chosen, gate)
     else:
-        product = multiply(rows, gate_up, inner_tile, num_pairs, places, gate_up_bias, shared_by, gate)
+        product = multiply(rows, gate_up, inner_tile, num_pairs, places, gate_up_bias, num_chosen, gate)
         inner = rows_for(down.format, _summed(product) if gate else activation(_summed(product)))
     outer = multiply(inner, down, outer_tile, num_pairs, places, down_bias)  # (splits, T * K, C)
-    return combine(outer, shared_by, chosen_weights).to(tokens.dtype)
+    return combine(outer, num_chosen, chosen_weights, shared).to(tokens.dtype)
 
 
 def _summed(product: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ def experts(
     activation: Callable[[Tensor], Tensor],
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """As the definition: in one call, where the experts are packed alike, gated by `swiglu` and without biases."""
     plain = activation is swiglu and gate_up_bias is None and down_bias is None
@@ -88,12 +89,12 @@ def experts(
         gate_up.format != down.format
     ):
         return torch_experts.experts(
-            x, chosen_weights, chosen, gate_up, down, linear, activation, gate_up_bias, down_bias
+            x, chosen_weights, chosen, gate_up, down, linear, activation, gate_up_bias, down_bias, shared
         )
-    total: Tensor = torch.ops.tokenmill_cpu.experts.default(
+    routed: Tensor = torch.ops.tokenmill_cpu.experts.default(
         x, chosen_weights, chosen, gate_up.data, down.data, gate_up.format, gate_up.out // 2
     )
-    return total
+    return routed if shared is None else routed + shared
 
 
 def attention(
