@@ -129,7 +129,7 @@ def _fp8(scale_name: str, shape_of: Callable[[int, int], tuple[int, ...]]) -> Ca
         codes[codes & 0x7F == 0x7F] = 0  # NaN
         scale = 0.001 * (0.5 + torch.rand(shape_of(num_out, num_in)))
         by_weight = scale
-        if scale.dim() == 2 and scale.shape[1] > 1:
+        if scale.dim() == 2 and len(scale) < num_out:
             by_weight = torch.empty(num_out, num_in)
             for i, j in product(range(scale.shape[0]), range(scale.shape[1])):
                 by_weight[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)] = scale[i, j]
@@ -215,10 +215,13 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def published(name: str, tmp: Path) -> tuple[Path, Path]:
-    """A Mixtral whose attention and experts are in the layout, and the same of floats: two folders."""
+def published(name: str, tmp: Path, floats: Path | None = None) -> tuple[Path, Path]:
+    """A model whose attention and experts are in the layout, and the same of floats: two folders.
+
+    It is a Mixtral, unless there is one of `floats`, whose weights are replaced.
+    """
     layout = LAYOUTS[name]
-    floats = tiny_mixtral(tmp, 1, **layout.shape)
+    floats = floats or tiny_mixtral(tmp, 1, **layout.shape)
     folder = shutil.copytree(floats, tmp / "published")
     tensors = load_file(floats / "model.safetensors")
     quantized = dict(tensors)

@@ -39,6 +39,7 @@ from tests.parity import (
     relative_error,
     step,
 )
+from tests.published import published
 from tests.tiny_models import tiny_deepseek_v3, tiny_llama, transformers_model, with_draft_layer
 
 pytestmark = pytest.mark.timeout(600)  # importing transformers alone has taken 90 s on two busy cores
@@ -365,6 +366,18 @@ def test_a_converted_folder_has_it_where_its_source_had(checkpoint: Path, tmp_pa
     convert(tiny_deepseek_v3(tmp_path, 1), tmp_path / "without", weights)
     with open_checkpoint(tmp_path / "without", draft_heads=None) as (spec, _):
         assert spec.draft_layers == ()
+
+
+def test_in_blocks_of_fp8_it_is_read_and_known(tmp_path: Path) -> None:
+    source = with_draft_layer(tiny_deepseek_v3(tmp_path, SEED), SEED)
+    in_fp8, of_floats = (
+        load(path, OPS, weights="fp32", dtype=torch.float32, draft_heads=True)
+        for path in published("DeepSeek's blocks", tmp_path, source)
+    )
+    for one, cache in (ours := (in_fp8, cache_for(in_fp8)), theirs := (of_floats, cache_for(of_floats))):
+        step(one, cache, 0, TOKENS[:-1], [])
+    assert relative_error(draft(*ours, 0, TOKENS[1:]), draft(*theirs, 0, TOKENS[1:])) < ERROR_MAX
+    load(tmp_path / "published", OPS, weights=AUTO, dtype=torch.float32)
 
 
 def test_it_drafts_alone_and_for_one_rank() -> None:

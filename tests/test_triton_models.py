@@ -26,6 +26,7 @@ MODELS: list[Callable[[Path], Path]] = [
     tiny_models.tiny_qwen3_moe,
     tiny_models.tiny_gpt_oss,
     tiny_models.tiny_deepseek_v2,
+    tiny_models.tiny_deepseek_v3,
 ]
 
 
@@ -35,6 +36,14 @@ def test_a_prompt_and_a_decode_give_the_definitions_logits(model: Callable[[Path
     path = model(tmp_path)
     actual, expected = (logits(path, table) for table in (OPS, reference.OPS))
     assert (actual - expected).norm() <= TOLERANCE * expected.norm()
+
+
+def test_so_does_a_draft_layer(tmp_path: Path) -> None:
+    triton_interpreter.install()
+    path = tiny_models.with_draft_layer(tiny_models.tiny_deepseek_v3(tmp_path))
+    actual, expected = (logits(path, table, draft_heads=True) for table in (OPS, reference.OPS))
+    assert len(actual) == 4
+    assert ((actual - expected).norm(dim=1) <= TOLERANCE * expected.norm(dim=1)).all()
 
 
 # A number that bf16's noise of 1 % moves across a step of e4m3 moves by a whole step, 9 % in the mean: that makes 3 %
@@ -76,9 +85,9 @@ def test_no_product_rounds_what_a_norm_has_rounded(tmp_path: Path, monkeypatch: 
     assert not {id(x) for x in given} & {id(x) for x in rounded}
 
 
-def logits(path: Path, ops: Ops, weights: str = "bf16") -> Tensor:
-    """After a prompt of 19 tokens, and after one more: (2, V)."""
-    decoder = load(path, ops, weights=weights, dtype=torch.bfloat16)
+def logits(path: Path, ops: Ops, weights: str = "bf16", *, draft_heads: bool = False) -> Tensor:
+    """After a prompt of 19 tokens, and after one more: (2, V). With those of the drafts behind each: (4, V)."""
+    decoder = load(path, ops, weights=weights, dtype=torch.bfloat16, draft_heads=draft_heads)
     cache = KVCache.allocate(decoder.spec, 4, 8, torch.bfloat16)
     tokens = torch.arange(3, 23)
     table = torch.tensor([[2, 0, 3]])
@@ -87,6 +96,8 @@ def logits(path: Path, ops: Ops, weights: str = "bf16") -> Tensor:
         for start, end in ((0, 19), (19, 20)):
             position = torch.arange(start, end)
             slots = table[0, position // 8] * 8 + position % 8
-            batch = AttentionBatch(table, [0, end - start], [end], slots)
-            steps.append(decoder.forward(tokens[start:end], position, batch, cache, torch.tensor([end - start - 1])))
+            batch, last = AttentionBatch(table, [0, end - start], [end], slots), torch.tensor([end - start - 1])
+            steps.append(decoder.forward(tokens[start:end], position, batch, cache, last))
+            if draft_heads:
+                steps.append(decoder.draft(tokens[start:end] + 1, position, batch, cache, last))
     return torch.cat(steps)
