@@ -177,11 +177,11 @@ def admitted(values: Sequence[bytes], core: Core, tokenizer: Tokenizer) -> list[
 class Watched(KafkaBroker):
     """The broker's port; notes when the first record came, and when the last answer was committed."""
 
-    def __init__(self, client: KafkaSettings, answers: str, num_answers: int, steps: Steps) -> None:
-        super().__init__(client)
+    def __init__(self, client: KafkaSettings, topics: Topics, num_answers: int, steps: Steps) -> None:
+        super().__init__(client, topics.transacted)
         self.began: Clock | None = None
         self.ended: asyncio.Future[Clock] = asyncio.get_running_loop().create_future()
-        self._answers = answers
+        self._answers = topics.completions
         self._num_left = num_answers
         self._steps = steps
 
@@ -224,7 +224,7 @@ async def served(
         hand_over(result)
 
     engine = EngineThread(core, deliver, hand_over)
-    broker, drain = Watched(client, topics.completions, len(values), steps), Drain(budget_s=10.0)
+    broker, drain = Watched(client, topics, len(values), steps), Drain(budget_s=10.0)
     with open_exporters(settings.worker) as exporters:
         telemetry = Telemetry(exporters.meters, exporters.tracers, worker=settings.worker, group=settings.group)
         service = assemble(settings, broker, engine, queue, tokenizer, telemetry, drain, time.monotonic_ns())

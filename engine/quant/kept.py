@@ -72,7 +72,7 @@ def keep(stored: Kept, wanted: WeightFormat) -> Kept:
     """The matrix in the format, untouched where it is in it. Raises ValueError where the format cannot hold it."""
     if stored.is_in(wanted):
         return stored
-    pieces = [wanted.quantize(rows) for rows in stored.floats().split(ROWS_AT_ONCE)]
+    pieces = [wanted.quantize(rows) for rows in torch.split(stored.floats(), ROWS_AT_ONCE)]
     return Kept(wanted.layout, {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
 
 
