@@ -36,19 +36,21 @@ def build_batch(shares: list[Share], block_size: int, drawn: Tensor) -> Batch:
     lengths = np.array([len(share.tokens) for share in shares], dtype=np.int64)  # (S,)
     starts = np.array([share.start for share in shares], dtype=np.int64)  # (S,)
     num_rows = np.array([share.num_scored + share.num_rows for share in shares], dtype=np.int64)  # (S,)
-    ends = lengths.cumsum()  # (S,) behind each share's last row
-    owners = np.repeat(np.arange(len(shares)), lengths)  # (T,) the share of each row
-    positions = _ranges(starts, lengths)  # (T,)
+    token_ids = np.array([token for share in shares for token in share.tokens], dtype=np.int64)  # (T,)
+    ends = lengths.cumsum()  # (S,) behind each share's last token
+    owners = np.repeat(np.arange(len(shares)), lengths)  # (T,) the share of each token
+    places = np.arange(len(token_ids)) - (ends - lengths)[owners]  # (T,) of each token in its share
+    positions = starts[owners] + places  # (T,)
     tables = _block_tables(shares)  # (S, N)
     slots = tables[owners, positions // block_size] * block_size + positions % block_size  # (T,)
-    token_ids = np.array([token for share in shares for token in share.tokens], dtype=np.int64)  # (T,)
 
-    rows = _ranges(ends - num_rows, num_rows)  # (R,)
+    rows = np.flatnonzero(places >= (lengths - num_rows)[owners])  # (R,)
     unknown = np.flatnonzero(token_ids < 0)
-    arrays = [token_ids, positions, slots, rows, tables, unknown, ~token_ids[unknown]]
-    token_ids_there, positions_there, slots_there, rows_there, tables_there, *gaps = send(arrays, drawn.device)
-    if len(unknown):
-        at, row = gaps
+    gaps = [unknown, ~token_ids[unknown]] if len(unknown) else []
+    arrays = [token_ids, positions, slots, rows, tables, *gaps]
+    token_ids_there, positions_there, slots_there, rows_there, tables_there, *gaps_there = send(arrays, drawn.device)
+    if gaps_there:
+        at, row = gaps_there
         token_ids_there.index_copy_(0, at, drawn[row])
     attention = AttentionBatch(tables_there, [0, *ends.tolist()], (starts + lengths).tolist(), slots_there)
     return Batch(token_ids_there, positions_there, attention, rows_there)
@@ -59,17 +61,10 @@ def none_drawn(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.int64, device=device)
 
 
-def _ranges(starts: Integers, lengths: Integers) -> Integers:
-    """starts[0], starts[0] + 1, ... lengths[0] of them, then those of the next: (sum of lengths,)."""
-    firsts = lengths.cumsum() - lengths  # where each range begins in the result
-    offsets: Integers = np.repeat(starts - firsts, lengths)
-    return np.arange(len(offsets)) + offsets
-
-
 def _block_tables(shares: list[Share]) -> Integers:
     """Each sequence's blocks, padded with 0: (S, blocks of the longest) int64."""
-    widest = max(len(share.sequence.blocks) for share in shares)
-    tables = np.zeros((len(shares), widest), dtype=np.int64)
-    for row, share in zip(tables, shares, strict=True):
-        row[: len(share.sequence.blocks)] = share.sequence.blocks
+    blocks = [share.sequence.blocks for share in shares]
+    nums = np.array([len(own) for own in blocks])
+    tables = np.zeros((len(shares), nums.max()), dtype=np.int64)
+    tables[np.arange(tables.shape[1]) < nums[:, None]] = np.frombuffer(b"".join(blocks), dtype=np.int64)
     return tables

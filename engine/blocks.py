@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from hashlib import sha256
 
-from engine.sequence import Sequence
+from engine.sequence import Sequence, block_table
 
 
 class BlockCache:
@@ -55,12 +55,14 @@ class BlockCache:
             return None
         for block in prefix:
             self._hold(block)
-        sequence.blocks = prefix + [self._take() for _ in range(num_new)]
+        sequence.blocks = block_table(prefix + [self._take() for _ in range(num_new)])
         sequence.num_remembered = len(prefix)
         return len(prefix) * self.block_size
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """The sequence holds blocks for `num_tokens` tokens; False, and nothing has changed, if there are too few."""
+        if num_tokens <= len(sequence.blocks) * self.block_size:  # as in most steps
+            return True
         num_new = self._blocks_for(num_tokens) - len(sequence.blocks)
         if num_new > self.num_available:
             return False
@@ -94,7 +96,7 @@ class BlockCache:
                 self._free.append(block)
             else:
                 self._idle[block] = None
-        sequence.blocks = []
+        sequence.blocks = block_table()
         sequence.num_remembered = 0
 
     def forget(self, sequence: Sequence) -> None:

@@ -42,16 +42,10 @@ class Core:
         step = self._underway or self._runner.launch(self._plan())
         self._underway = self._launch_ahead() if self._overlap else None
         accepted = step.collect()
-        committed = self._scheduler.commit(step.plan, accepted)
-        idle_ns, charges = self.meter.settle(committed.spent, step.plan.drafting_ns)
-        self._drafting.learn(step.plan, accepted, sum(charge.device_ns for charge in charges))
-        return StepResult(
-            idle_ns=idle_ns,
-            tokens=committed.tokens,
-            finished=committed.finished,
-            charges=charges,
-            scored=committed.scored,
-        )
+        result = self._scheduler.commit(step.plan, accepted)
+        self.meter.settle(result, step.plan.drafting_ns)
+        self._drafting.learn(step.plan, accepted, sum(charge.device_ns for charge in result.charges))
+        return result
 
     def submit(self, request: Request) -> None:
         """The request waits for its turn. Raises RequestRefused if it could never run, or its id is in use."""

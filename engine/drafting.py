@@ -71,10 +71,12 @@ class Drafting:
 
     def learn(self, plan: Plan, accepted: list[Accepted], step_ns: int) -> None:
         """What became of the plan's drafts, and how long the step took, with the drafting."""
+        if not self._drafts_max:
+            return
         for share, brought in zip(plan.shares, accepted, strict=True):
-            if share.drafts and not brought.error:
+            if share.num_drafts and not brought.error:
                 for rate in (self._overall, self._own.setdefault(share.sequence, Acceptance(SEQUENCE_MEMORY))):
-                    rate.learn(len(share.drafts), len(brought.tokens) - 1)
+                    rate.learn(share.num_drafts, len(brought.tokens) - 1)
         if plan.shares and all(share.num_rows == len(share.tokens) for share in plan.shares):
             self._costs.steps.learn(sum(len(share.tokens) for share in plan.shares), step_ns - plan.drafting_ns)
         self._learn_passes(plan.proposed, plan.drafting_ns)

@@ -6,22 +6,12 @@ scheduler's commit, charges go out with the step's result.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import add
 
-from engine.sequence import Proposed, Share
-from engine.types import Charge, Work
+from engine.sequence import Proposed, Sequence, Share
+from engine.types import Charge, StepResult, Work
 
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """Work that a step did for one choice, in tokens computed. The one token of an OUTPUT has its `index`."""
-
-    request: int
-    choice: int
-    work: Work
-    num_tokens: int
-    index: int | None = None
+OUTPUT, DRAFTED = Work.OUTPUT, Work.DRAFTED  # in Python 3.11 to look a member up takes as long as to make a Charge
 
 
 class Meter:
@@ -45,34 +35,22 @@ class Meter:
         """The time by the meter's clock, to measure a part of a step by."""
         return self._clock()
 
-    def settle(self, spent: list[Spent], drafting_ns: int = 0) -> tuple[int, list[Charge]]:
-        """A step is over: (idle_ns, charges), together exactly the time since the one before ended.
+    def settle(self, result: StepResult, drafting_ns: int = 0) -> None:
+        """A step is over: its idle time and its charges are together exactly the time since the one before ended.
 
         The step's time is shared out by the tokens computed; one that computed nothing was idle. `drafting_ns` of it
         belong to the drafting alone, if a model drafted: one of its tokens costs less.
         """
-        step_ns, idle_ns = self._lap(), self._idle_ns
-        self._idle_ns = 0
-        if not any(work.num_tokens for work in spent):
-            idle_ns, step_ns = idle_ns + step_ns, 0
-        is_drafted = [work.work is Work.DRAFTED for work in spent]
-        drafting_ns = min(step_ns, drafting_ns) if any(is_drafted) else 0
-        by_draft = apportion(drafting_ns, [work.num_tokens * own for work, own in zip(spent, is_drafted, strict=True)])
-        by_step = apportion(
-            step_ns - drafting_ns, [work.num_tokens * (not own) for work, own in zip(spent, is_drafted, strict=True)]
-        )
-        parts = map(add, by_draft, by_step)
-        return idle_ns, [
-            Charge(
-                request=work.request,
-                choice=work.choice,
-                work=work.work,
-                num_tokens=work.num_tokens,
-                device_ns=device_ns,
-                index=work.index,
-            )
-            for work, device_ns in zip(spent, parts, strict=True)
-        ]
+        step_ns, charges = self._lap(), result.charges
+        result.idle_ns, self._idle_ns = self._idle_ns, 0
+        if not any(charge.num_tokens for charge in charges):
+            result.idle_ns, step_ns = result.idle_ns + step_ns, 0
+        drafted = [charge.num_tokens if charge.work is DRAFTED else 0 for charge in charges]
+        others = [0 if charge.work is DRAFTED else charge.num_tokens for charge in charges]
+        drafting_ns = min(step_ns, drafting_ns) if any(drafted) else 0
+        parts = map(add, apportion(drafting_ns, drafted), apportion(step_ns - drafting_ns, others))
+        for charge, device_ns in zip(charges, parts, strict=True):
+            charge.device_ns = device_ns
 
     def _lap(self) -> int:
         now_ns = self._clock()
@@ -85,47 +63,47 @@ def apportion(total: int, weights: list[int]) -> list[int]:
     whole = sum(weights)
     if not whole:
         return [0] * len(weights)
-    parts = [total * weight // whole for weight in weights]
-    left = total - sum(parts)
-    by_remainder = sorted(range(len(weights)), key=lambda place: total * weights[place] % whole, reverse=True)
-    for place in by_remainder[:left]:
+    products = [total * weight for weight in weights]
+    parts = [product // whole for product in products]
+    remainders = [product % whole for product in products]
+    by_remainder = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)
+    for place in by_remainder[: total - sum(parts)]:
         parts[place] += 1
     return parts
 
 
-def work_of(share: Share, num_accepted: int) -> list[Spent]:
+def work_of(share: Share, num_accepted: int) -> list[Charge]:
     """What a share's tokens were computed for, before its sequence accepts `num_accepted` tokens.
 
     A token's charge is the computation that it was sampled behind. For the first output token that is the prompt's last
     token, which is prompt: its own charge has no tokens and no time. Rows that brought nothing were rejected.
     """
     sequence = share.sequence
-    if sequence.num_output and num_accepted == len(share.tokens) == 1 and share.start >= sequence.num_reached:
+    num_output = sequence.num_output
+    if num_output and num_accepted == len(share.tokens) == 1 and share.start >= sequence.num_reached:
         # A decode, as most are: what is below says the same in three times the time.
-        return [Spent(sequence.request.id, sequence.choice, Work.OUTPUT, 1, sequence.num_output)]
+        request, choice = sequence.request.id, sequence.choice
+        return [Charge(request=request, choice=choice, work=OUTPUT, num_tokens=1, index=num_output)]
     num_again = share.num_again
     num_prompt = max(0, min(share.stop, sequence.num_prompt) - share.start - num_again)
     num_rejected = len(share.tokens) - num_again - num_prompt
-
-    def spent(work: Work, num_tokens: int, index: int | None = None) -> Spent:
-        return Spent(sequence.request.id, sequence.choice, work, num_tokens, index)
-
     outputs = []
-    for index in range(sequence.num_output, sequence.num_output + num_accepted):
-        outputs.append(spent(Work.OUTPUT, min(index, 1), index))
+    for index in range(num_output, num_output + num_accepted):
+        outputs.append(_charge(sequence, OUTPUT, min(index, 1), index))
         num_rejected -= min(index, 1)
     others = ((Work.RECOMPUTED, num_again), (Work.PROMPT, num_prompt), (Work.REJECTED, num_rejected))
-    return [spent(work, num_tokens) for work, num_tokens in others if num_tokens] + outputs
+    return [_charge(sequence, work, num_tokens) for work, num_tokens in others if num_tokens] + outputs
 
 
-def work_in_vain(share: Share) -> Spent:
+def work_in_vain(share: Share) -> Charge:
     """What a share was computed for whose sequence ended while the step was underway: all of it was on trial."""
-    return Spent(share.sequence.request.id, share.sequence.choice, Work.REJECTED, len(share.tokens))
+    return _charge(share.sequence, Work.REJECTED, len(share.tokens))
 
 
-def drafting_of(proposed: Proposed) -> list[Spent]:
+def drafting_of(proposed: Proposed) -> list[Charge]:
     """The work of the model that drafted, if one did."""
-    return [
-        Spent(sequence.request.id, sequence.choice, Work.DRAFTED, num_tokens)
-        for sequence, num_tokens in proposed.nums_computed.items()
-    ]
+    return [_charge(sequence, DRAFTED, num_tokens) for sequence, num_tokens in proposed.nums_computed.items()]
+
+
+def _charge(sequence: Sequence, work: Work, num_tokens: int, index: int | None = None) -> Charge:
+    return Charge(request=sequence.request.id, choice=sequence.choice, work=work, num_tokens=num_tokens, index=index)

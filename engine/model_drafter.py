@@ -13,11 +13,11 @@ tokens again.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from engine import sampler

@@ -56,7 +56,8 @@ class Runner:
             return Pending(plan, None)
         shares = self._pad(plan.shares)
         logits = self._forward(build_batch(shares, self._block_size, self._drawn))
-        num_padding = len(shares) - len(plan.shares)  # rows, too: each has one
-        drawn = sampler.draw(self._ops, logits[: len(logits) - num_padding], plan.shares)
+        if num_padding := len(shares) - len(plan.shares):
+            logits = logits[:-num_padding]  # each has one row
+        drawn = sampler.draw(self._ops, logits, plan.shares)
         self._drawn = drawn.tokens
         return Pending(plan, drawn)

@@ -7,11 +7,12 @@ them. Nothing here knows where those come from.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 
 import numpy as np
+from msgspec.structs import replace
 from torch import Tensor
 
 from engine.constraint import ConstraintFailed
@@ -44,8 +45,8 @@ class Drawn:
         """
         tokens, *columns = self._returning.wait()
         logprobs, scores = (columns[:3], columns[3:]) if self._has_logprobs else ([], columns)
-        each = iter(tokens.tolist())
-        brought = [_verified(share, list(islice(each, share.num_rows)), self._failures) for share in self._shares]
+        sampled = tokens.tolist()
+        brought = [_verified(share, sampled, self._failures) for share in self._shares]
         brought = _with_logprobs(self._shares, brought, logprobs) if logprobs else brought
         return _with_scores(self._shares, brought, scores) if scores else brought
 
@@ -57,8 +58,7 @@ def draw(ops: Ops, logits: Tensor, shares: list[Share]) -> Drawn:
     """
     logits, scores = _scored(ops, logits, shares)
     edits, failures = _edits(shares)
-    rows = [row for share in shares for row in sampling_rows(share)]
-    tokens = ops.sample(steer(logits, edits), rows)
+    tokens = ops.sample(steer(logits, edits), _rows(shares))
     logprobs = _logprobs(ops, logits, tokens, shares)
     return Drawn(tokens, shares, failures, Returning([tokens, *logprobs, *scores]), bool(logprobs))
 
@@ -90,6 +90,13 @@ def _edit_behind(sequence: Sequence, drafts: list[int]) -> list[Edit] | None:
     except ConstraintFailed:
         return None  # the target's own row will tell
     return edits[-1:] if len(edits) > len(drafts) else None
+
+
+def _rows(shares: list[Share]) -> list[SamplingRow]:
+    """How each row of the step becomes the token behind it."""
+    if any(share.sequence.request.sampling.temperature for share in shares):
+        return [row for share in shares for row in sampling_rows(share)]
+    return [GREEDY] * sum(share.num_rows for share in shares)
 
 
 def sampling_rows(share: Share) -> list[SamplingRow]:
@@ -133,9 +140,12 @@ def _edits(shares: list[Share]) -> tuple[list[tuple[int, Edit]], dict[Sequence, 
 
 
 def _verified(share: Share, sampled: list[int], failures: dict[Sequence, str]) -> Accepted:
-    if share.sequence in failures:
+    """What a share brings, of the tokens (R,) that were sampled from the step's rows."""
+    if failures and share.sequence in failures:
         return Accepted(error=failures[share.sequence])
-    tokens = verify(share.drafts, sampled)
+    tokens = sampled[share.first_logits : share.first_logits + share.num_rows]
+    if len(tokens) > 1:
+        tokens = verify(share.drafts, tokens)
     if -1 in tokens:
         return Accepted(error="the model's output is not finite, or every token it could choose is banned")
     return Accepted(tokens)
@@ -143,9 +153,9 @@ def _verified(share: Share, sampled: list[int], failures: dict[Sequence, str]) -
 
 def _scored(ops: Ops, logits: Tensor, shares: list[Share]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The rows that tokens are sampled from; and of the others the columns of `Ops.logprobs`, if there are any."""
-    prompt = [token for share in shares for token in share.scored_tokens]
-    if not prompt:
+    if not any(share.num_scored for share in shares):
         return logits, ()
+    prompt = [token for share in shares for token in share.scored_tokens]
     counts = [count for share in shares for count in (share.num_scored, share.num_rows)]
     is_scored = np.repeat(np.arange(len(counts)) % 2 == 0, counts)
     arrays = [np.flatnonzero(is_scored), np.flatnonzero(~is_scored), np.array(prompt, dtype=np.int64)]

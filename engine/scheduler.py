@@ -20,9 +20,9 @@ from operator import attrgetter
 from engine.blocks import BlockCache
 from engine.config import EngineConfig
 from engine.errors import RequestRefused
-from engine.metering import Spent, drafting_of, work_in_vain, work_of
+from engine.metering import drafting_of, work_in_vain, work_of
 from engine.sequence import Accepted, Proposed, Sequence, Share
-from engine.types import EngineStats, Finished, FinishReason, Request, Scored, Token
+from engine.types import EngineStats, Finished, FinishReason, Request, Scored, StepResult, Token
 
 _by_rank = attrgetter("rank")
 
@@ -42,7 +42,7 @@ class Plan:
 
     def add(self, sequence: Sequence) -> None:
         """As much of the sequence's pending tokens as the budget allows is part of the step."""
-        is_scoring = sequence.num_begun < sequence.num_to_score
+        is_scoring = sequence.num_to_score and sequence.num_begun < sequence.num_to_score
         num_max = min(self.budget, self.scores_left) if is_scoring else self.budget
         if num_max:
             self._add(sequence, num_max)
@@ -70,16 +70,6 @@ class Plan:
         sequence.underway = share
 
 
-@dataclass
-class Committed:
-    """What one step changed, for the worker and for the meter."""
-
-    tokens: list[Token] = field(default_factory=list)
-    finished: list[Finished] = field(default_factory=list)
-    scored: list[Scored] = field(default_factory=list)
-    spent: list[Spent] = field(default_factory=list)
-
-
 class Scheduler:
     """All sequences that the engine has, and the order among them. One thread's."""
 
@@ -90,7 +80,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # by rank; they hold blocks
         self._waiting: list[Sequence] = []  # by rank; they hold none
         self._num_submitted = 0
-        self._committed = Committed()  # gathers until the step's end
+        self._result = StepResult()  # gathers until the step's end
         self._totals: Counter[str] = Counter()  # by the names of EngineStats
 
     @property
@@ -101,7 +91,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Something to plan, or something finished that nobody has been told of."""
-        return bool(self._running or self._waiting or self._committed.finished)
+        return bool(self._running or self._waiting or self._result.finished)
 
     def submit(self, request: Request) -> None:
         """Each choice of the request waits for its turn. Raises RequestRefused where the id is in use."""
@@ -146,6 +136,8 @@ class Scheduler:
         for sequence in self._running:
             if plan.budget and not sequence.is_ending and self._make_room(sequence):
                 plan.add(sequence)
+        if len(self._running) == self._config.sequences_max:
+            return plan  # whoever waits need not be looked at: there may be many
         for sequence in [sequence for sequence in self._waiting if not sequence.is_held]:
             # Strictly in order: if a small one went ahead of a large one that lacks room, the large one would starve.
             if not plan.budget or not self._admit(sequence):
@@ -164,14 +156,17 @@ class Scheduler:
                 return Plan(0)
         return self.plan()
 
-    def commit(self, plan: Plan, accepted: list[Accepted]) -> Committed:
-        """The plan has been computed and brought these tokens: sequences have grown, and some are over."""
+    def commit(self, plan: Plan, accepted: list[Accepted]) -> StepResult:
+        """The plan has been computed and brought these tokens: sequences have grown, and some are over.
+
+        What comes back tells of all that has changed since the last commit; how long it took is the meter's to say.
+        """
         for share, brought in zip(plan.shares, accepted, strict=True):
             self._commit(share, brought)
-        self._committed.spent += drafting_of(plan.proposed)
+        self._result.charges += drafting_of(plan.proposed)
         self._totals["num_steps"] += 1 if plan.shares else 0
-        committed, self._committed = self._committed, Committed()
-        return committed
+        result, self._result = self._result, StepResult()
+        return result
 
     def stats(self) -> EngineStats:
         """Counts since the start, and how full the engine is now."""
@@ -222,37 +217,45 @@ class Scheduler:
 
     def _commit(self, share: Share, brought: Accepted) -> None:
         """One sequence has what its share brought, up to where it ends."""
-        sequence = share.sequence
+        sequence, result = share.sequence, self._result
         if sequence.is_over:
-            self._committed.spent.append(work_in_vain(share))
+            result.charges.append(work_in_vain(share))
             return
-        if sequence.underway is share:
-            sequence.underway = None
         num_kept, reason = (0, FinishReason.FAILED) if brought.error else sequence.ending(brought.tokens)
-        self._account(share, num_kept)
+        result.charges += work_of(share, num_kept)
+        if share.num_rows > 1:
+            self._count_drafts(share, num_kept)
         if brought.scores:
-            sequence.num_scored += len(brought.scores)
-            self._committed.scored.append(Scored(request=sequence.request.id, logprobs=brought.scores))
-        self._committed.tokens += _token_events(sequence, brought, num_kept)
-        sequence.tokens += brought.tokens[:num_kept]
-        sequence.drafts = []
-        # The newest token is never computed yet. What rejected drafts left in the cache is overwritten by what follows.
-        sequence.reach(min(share.stop, len(sequence.tokens) - 1))
+            result.scored.append(Scored(request=sequence.request.id, logprobs=brought.scores))
+        self._tell(sequence, brought, num_kept)
+        sequence.grow(share, brought, num_kept)
         self._blocks.remember(sequence)
         if reason:
             self._finish(sequence, reason, brought.error)
 
-    def _account(self, share: Share, num_kept: int) -> None:
-        """The work of a share is counted, before its sequence grows."""
-        sequence = share.sequence
-        self._committed.spent += work_of(share, num_kept)
-        sequence.num_recomputed += share.num_again
-        if num_drafted := len(share.drafts):
-            num_accepted = max(0, num_kept - 1)
-            sequence.num_drafted += num_drafted
-            sequence.num_accepted += num_accepted
-            self._totals["num_drafted"] += num_drafted
-            self._totals["num_accepted"] += num_accepted
+    def _count_drafts(self, share: Share, num_kept: int) -> None:
+        """Drafts were tried, and so many tokens kept: the drafts that were right, and the one behind them."""
+        sequence, num_drafted, num_accepted = share.sequence, share.num_drafts, max(0, num_kept - 1)
+        sequence.num_drafted += num_drafted
+        sequence.num_accepted += num_accepted
+        self._totals["num_drafted"] += num_drafted
+        self._totals["num_accepted"] += num_accepted
+
+    def _tell(self, sequence: Sequence, brought: Accepted, num_tokens: int) -> None:
+        """The worker shall hear of the first `num_tokens` tokens, which the sequence does not have yet."""
+        request, choice, num_output = sequence.request.id, sequence.choice, sequence.num_output
+        for place, token in enumerate(brought.tokens[:num_tokens]):
+            logprob, likeliest = brought.logprobs[place] if brought.logprobs else (None, ())
+            self._result.tokens.append(
+                Token(
+                    request=request,
+                    choice=choice,
+                    index=num_output + place,
+                    token=token,
+                    logprob=logprob,
+                    top_logprobs=likeliest,
+                )
+            )
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
         """The sequence is gone, wherever it stood; the step's end tells."""
@@ -261,7 +264,7 @@ class Scheduler:
             self._blocks.forget(sequence)
         self._blocks.release(sequence)
         sequence.is_over = True
-        self._committed.finished.append(
+        self._result.finished.append(
             Finished(
                 request=sequence.request.id,
                 choice=sequence.choice,
@@ -270,18 +273,3 @@ class Scheduler:
                 error=error,
             )
         )
-
-
-def _token_events(sequence: Sequence, brought: Accepted, num_tokens: int) -> list[Token]:
-    """What the worker hears of the first `num_tokens` tokens, before the sequence has them."""
-    return [
-        Token(
-            request=sequence.request.id,
-            choice=sequence.choice,
-            index=sequence.num_output + place,
-            token=token,
-            logprob=brought.logprobs[place][0] if brought.logprobs else None,
-            top_logprobs=brought.logprobs[place][1] if brought.logprobs else (),
-        )
-        for place, token in enumerate(brought.tokens[:num_tokens])
-    ]

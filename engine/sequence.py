@@ -2,15 +2,23 @@
 
 Owns what is known of one choice of a request: its tokens, how many of them are computed, its block table, its counts.
 Never decides what runs (`scheduler.py`) or which block is whose (`blocks.py`). Made at submit, dropped when finished.
+What every step makes anew for every sequence is a struct: a frozen dataclass takes ten times as long to make.
 """
 
+from array import array
 from dataclasses import dataclass, field
+from functools import partial
+
+from msgspec import Struct
 
 from engine.steering import Steering, steering_of
 from engine.types import FinishReason, Logprob, Progress, Request, Sampling, Usage
 
 Rank = tuple[int, int, int]
 TokenLogprobs = tuple[Logprob, tuple[Logprob, ...]]  # the token's own, and those of the likeliest
+
+# A long context has hundreds of blocks, which go into every step's tensors: numbers of 64 bits in one piece of memory.
+block_table = partial(array, "q")
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)  # drafters know things of a sequence while it lives
@@ -28,6 +36,8 @@ class Sequence:
     leader: "Sequence | None" = None  # the request's first choice that runs: it computes the prompt for all
     is_over: bool = False
 
+    num_prompt: int = field(init=False)  # tokens that it began with
+    num_to_score: int = field(init=False)  # leading tokens behind which the prompt's next one shall have its logprobs
     tokens: list[int] = field(init=False)
     steering: Steering | None = field(init=False)  # what the request does to the logits
     drafts: list[int] = field(default_factory=list)  # proposed for the step being planned, empty between steps
@@ -35,7 +45,7 @@ class Sequence:
     num_computed: int = 0  # tokens in the cache now, whether by work or by a shared prefix
     num_reached: int = 0  # the most that num_computed has ever been: work below it is done again
 
-    blocks: list[int] = field(default_factory=list)  # token p stands in blocks[p // B], place p % B
+    blocks: "array[int]" = field(default_factory=block_table)  # token p stands in blocks[p // B], place p % B
     block_keys: list[bytes] = field(default_factory=list)  # of leading full blocks of `tokens`, grown when asked for
     num_remembered: int = 0  # leading blocks that the prefix cache has been told of
 
@@ -48,25 +58,17 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.num_prompt = len(self.tokens)
+        is_scored = self.request.sampling.num_prompt_logprobs is not None and self.choice == 0  # of one choice alone
+        self.num_to_score = self.num_prompt - 1 if is_scored else 0
         self.steering = steering_of(self.request)
         if self.request.progress and (progress := self.request.progress[self.choice]).tokens:
             self._take_up(progress)
 
     @property
-    def num_prompt(self) -> int:
-        """Tokens that it began with."""
-        return len(self.request.prompt)
-
-    @property
     def num_output(self) -> int:
         """Tokens accepted so far."""
         return len(self.tokens) - self.num_prompt
-
-    @property
-    def num_to_score(self) -> int:
-        """Leading tokens behind which the prompt's next one shall have its logprobs; of the first choice alone."""
-        is_asked = self.request.sampling.num_prompt_logprobs is not None and self.choice == 0
-        return self.num_prompt - 1 if is_asked else 0
 
     @property
     def num_reusable(self) -> int:
@@ -81,7 +83,7 @@ class Sequence:
     @property
     def length(self) -> int:
         """Its tokens, with the one that it is awaiting."""
-        return len(self.tokens) + self.is_awaiting
+        return len(self.tokens) + self.is_awaiting if self.underway else len(self.tokens)
 
     @property
     def num_begun(self) -> int:
@@ -96,7 +98,7 @@ class Sequence:
     @property
     def is_ending(self) -> bool:
         """The token that it is awaiting is its last, whatever it will be."""
-        return self.length == self.length_max
+        return self.underway is not None and self.length == self.length_max
 
     @property
     def is_foreseen(self) -> bool:
@@ -122,24 +124,44 @@ class Sequence:
 
     def share(self, budget: int, first_logits: int = 0) -> "Share":
         """The next `budget` pending tokens, or all of them. `first_logits`: how many rows of logits come before its."""
-        start = self.num_begun
-        stop = start + min(self.num_pending, budget)
+        if not self.underway and not self.drafts and self.num_computed == len(self.tokens) - 1:
+            # A decode, as most are: what is below says the same in twice the time.
+            return Share(self, self.num_computed, self.tokens[-1:], 1, first_logits)
+        start, length = self.num_begun, self.length
+        stop = min(length + len(self.drafts), start + budget)
         if self.underway and self.underway.num_rows:
             tokens = [~self.underway.first_logits]
         else:
             tokens = self.tokens[start:stop]
-            tokens += self.drafts[: stop - start - len(tokens)]
-        num_scored = max(0, min(stop, self.num_to_score) - max(start, self.num_scored))
-        return Share(self, start, tokens, max(0, stop - (self.length - 1)), first_logits, num_scored)
+            if self.drafts:
+                tokens += self.drafts[: stop - start - len(tokens)]
+        num_rows = stop - length + 1 if stop >= length else 0
+        is_scoring = self.num_scored < self.num_to_score
+        num_scored = max(0, min(stop, self.num_to_score) - max(start, self.num_scored)) if is_scoring else 0
+        return Share(self, start, tokens, num_rows, first_logits, num_scored)
 
     def ending(self, tokens: list[int]) -> tuple[int, FinishReason | None]:
         """How many of the tokens to append, and the reason if the last of them ends the sequence."""
         num_left = self.length_max - len(self.tokens)
         num_complete = self.steering.num_complete(self.tokens, tokens) if self.steering else None
-        for num_kept, token in enumerate(tokens[:num_left], start=1):
-            if num_kept == num_complete or token in self.request.sampling.stop_token_ids:
+        stops = self.request.sampling.stop_token_ids
+        for num_kept, token in enumerate(tokens[:num_left], 1) if stops or num_complete else ():
+            if num_kept == num_complete or token in stops:
                 return num_kept, FinishReason.STOP
         return (num_left, FinishReason.LENGTH) if len(tokens) >= num_left else (len(tokens), None)
+
+    def grow(self, share: "Share", brought: "Accepted", num_kept: int) -> None:
+        """Its share has been computed, and the first `num_kept` of the tokens that it brought are its own."""
+        if self.underway is share:
+            self.underway = None
+        if share.start < self.num_reached:
+            self.num_recomputed += share.num_again
+        if brought.scores:
+            self.num_scored += len(brought.scores)
+        self.tokens += brought.tokens[:num_kept]
+        self.drafts = []
+        # The newest token is never computed yet. What rejected drafts left in the cache is overwritten by what follows.
+        self.reach(min(share.stop, len(self.tokens) - 1))
 
     def reach(self, num_computed: int) -> None:
         """The first `num_computed` tokens are in the cache; whatever stands behind them there counts for nothing."""
@@ -159,8 +181,7 @@ class Sequence:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(Struct, frozen=True, eq=False):
     """A sequence's share of one step: compute `tokens`, which stand at `start` and after.
 
     The last `num_rows` of them are those whose successor is not known, so that a token is sampled behind each: none
@@ -196,18 +217,22 @@ class Share:
         return self.sequence.request.prompt[self.first_row - self.num_scored + 1 : self.first_row + 1]
 
     @property
+    def num_drafts(self) -> int:
+        """How many of its tokens are on trial."""
+        return self.num_rows - 1 if self.num_rows else 0
+
+    @property
     def drafts(self) -> list[int]:
         """Those of its tokens that are on trial."""
-        return self.tokens[len(self.tokens) - self.num_rows + 1 :] if self.num_rows else []
+        return self.tokens[len(self.tokens) - self.num_drafts :]
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(Struct, frozen=True):
     """What a share brought: the tokens to append, none amid a prompt. With `error` set the sequence cannot go on."""
 
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = []
     logprobs: list[TokenLogprobs] | None = None  # one for each token, where asked for
-    scores: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens
+    scores: list[TokenLogprobs] = []  # of the prompt's tokens
     error: str = ""
 
 
@@ -224,5 +249,5 @@ def nobodys(length: int, blocks: list[int]) -> Sequence:
     """A sequence that nobody asked for, with a prompt of zeros in these blocks: to compute for computing's own sake."""
     request = Request(id=-1, prompt=(0,) * length, sampling=Sampling(tokens_max=1))
     sequence = Sequence(request=request, choice=0, rank=(0, 0, 0), length_max=length + 1)
-    sequence.blocks = blocks
+    sequence.blocks = block_table(blocks)
     return sequence

@@ -121,7 +121,7 @@ class Work(StrEnum):
     RECOMPUTED = "recomputed"
 
 
-class Charge(Struct, frozen=True, kw_only=True):
+class Charge(Struct, kw_only=True):
     """Device time that a step spent for one choice. `num_tokens` were computed in it.
 
     An OUTPUT charge belongs to the output token `index`; a step that accepts several tokens has a charge for each.
@@ -131,17 +131,17 @@ class Charge(Struct, frozen=True, kw_only=True):
     choice: int
     work: Work
     num_tokens: int
-    device_ns: int
+    device_ns: int = 0  # the meter's to say, at the step's end
     index: int | None = None
 
 
-class StepResult(Struct, frozen=True, kw_only=True):
+class StepResult(Struct, kw_only=True):
     """All that one step changed. `idle_ns` + the sum of `charges` is exactly the time since the step before ended."""
 
-    idle_ns: int
-    tokens: list[Token]
-    finished: list[Finished]
-    charges: list[Charge]
+    idle_ns: int = 0
+    tokens: list[Token] = []
+    finished: list[Finished] = []
+    charges: list[Charge] = []
     scored: list[Scored] = []
 
 

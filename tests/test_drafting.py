@@ -8,7 +8,7 @@ import pytest
 
 from engine.drafting import Drafter
 from engine.model_drafter import OwnCache
-from engine.sequence import Proposed, Sequence, Share
+from engine.sequence import Proposed, Sequence, Share, block_table
 from engine.types import Finished, Request, Sampling, Work
 from tests.scripted_model import (
     Erring,
@@ -280,7 +280,7 @@ def test_what_was_rejected_leaves_no_trace_in_what_is_drafted_next(drafter):
 
 def test_a_rejected_draft_does_not_count_as_computed_however_long_nobody_drafts():
     sequence, cache = sequence_of([1, 2, 3]), OwnCache(block_size=4)
-    sequence.blocks = [0, 1, 2]
+    sequence.blocks = block_table([0, 1, 2])
     assert cache.num_computed(sequence) == 0
     for start, tokens in ((0, [1, 2, 3]), (3, [7]), (4, [8])):
         cache.write(Share(sequence, start, tokens, num_rows=1))

@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from engine.graphs import Graphs, sizes_of, sizes_up_to
 from engine.loader import load
 from engine.models import KVCache
-from engine.sequence import Share
+from engine.sequence import Share, block_table
 from engine.types import FinishReason, Request, Sampling
 from kernels import reference
 from kernels.triton import OPS, attention_plan
@@ -71,7 +71,7 @@ def sequences(model: Model, lengths: list[int], num_new: list[int]) -> list[Shar
     shares, block = [], 0
     for length, new in zip(lengths, num_new, strict=True):
         share = share_of(list(range(3, 3 + length)), [], [7] * (new - 1), length - 1, length - 1, new)
-        share.sequence.blocks = list(range(block, block + 1 + (length + new) // BLOCK_SIZE))
+        share.sequence.blocks = block_table(range(block, block + 1 + (length + new) // BLOCK_SIZE))
         block = share.sequence.blocks[-1] + 1
         shares.append(share)
     assert block <= NUM_BLOCKS

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.metering import Meter, Spent, apportion, work_in_vain, work_of
+from engine.metering import Meter, apportion, work_in_vain, work_of
 from engine.sequence import Sequence
-from engine.types import Request, Sampling, Work
+from engine.types import Charge, Request, Sampling, StepResult, Work
 
 
 class Clock:
@@ -18,8 +18,19 @@ class Clock:
         return self.now_ns
 
 
-def output(num_tokens: int, request: int = 0) -> Spent:
-    return Spent(request, 0, Work.OUTPUT, num_tokens, 1)
+def output(num_tokens: int, request: int = 0) -> Charge:
+    return Charge(request=request, choice=0, work=Work.OUTPUT, num_tokens=num_tokens, index=1)
+
+
+def drafted(num_tokens: int, request: int = 0) -> Charge:
+    return Charge(request=request, choice=0, work=Work.DRAFTED, num_tokens=num_tokens)
+
+
+def settled(meter: Meter, *charges: Charge, drafting_ns: int = 0) -> tuple[int, list[int]]:
+    """The idle time, and what each was charged."""
+    result = StepResult(charges=list(charges))
+    meter.settle(result, drafting_ns)
+    return result.idle_ns, [charge.device_ns for charge in result.charges]
 
 
 @given(st.integers(0, 10**15), st.lists(st.integers(0, 10**6), max_size=50))
@@ -43,37 +54,31 @@ def test_idle_time_and_charges_are_the_time_that_passed():
     clock.now_ns += 30
     meter.wake()
     clock.now_ns += 100
-    idle_ns, charges = meter.settle([output(3), output(1, request=1)])
-    assert idle_ns == 30
-    assert [charge.device_ns for charge in charges] == [75, 25]
+    assert settled(meter, output(3), output(1, request=1)) == (30, [75, 25])
     clock.now_ns += 7
-    idle_ns, charges = meter.settle([output(1)])
-    assert (idle_ns, charges[0].device_ns) == (0, 7)
+    assert settled(meter, output(1)) == (0, [7])
 
 
 def test_a_step_that_computes_nothing_is_idle():
     clock = Clock()
     meter = Meter(clock)
     clock.now_ns += 40
-    assert meter.settle([]) == (40, [])
+    assert settled(meter) == (40, [])
 
 
 def test_a_models_drafting_shares_its_own_time_and_no_other():
     clock = Clock()
     meter = Meter(clock)
     clock.now_ns += 100
-    spent = [Spent(0, 0, Work.OUTPUT, 1, 3), Spent(1, 0, Work.OUTPUT, 4, 3), Spent(0, 0, Work.DRAFTED, 1)]
-    spent.append(Spent(1, 0, Work.DRAFTED, 2))
-    _, charges = meter.settle(spent, drafting_ns=30)
-    assert [charge.device_ns for charge in charges] == [14, 56, 10, 20]
+    charges = [output(1), output(4, request=1), drafted(1), drafted(2, request=1)]
+    assert settled(meter, *charges, drafting_ns=30) == (0, [14, 56, 10, 20])
 
 
 def test_drafting_that_computed_nothing_is_a_part_of_the_step():
     clock = Clock()
     meter = Meter(clock)
     clock.now_ns += 100
-    _, charges = meter.settle([Spent(0, 0, Work.OUTPUT, 1, 3)], drafting_ns=30)
-    assert [charge.device_ns for charge in charges] == [100]
+    assert settled(meter, output(1), drafting_ns=30) == (0, [100])
 
 
 def share_of(prompt: list[int], output: list[int], drafts: list[int], num_computed: int, num_reached: int, budget: int):
@@ -89,8 +94,8 @@ def share_of(prompt: list[int], output: list[int], drafts: list[int], num_comput
     return sequence.share(budget)
 
 
-def spent(work: Work, num_tokens: int, index: int | None = None) -> Spent:
-    return Spent(3, 1, work, num_tokens, index)
+def spent(work: Work, num_tokens: int, index: int | None = None) -> Charge:
+    return Charge(request=3, choice=1, work=work, num_tokens=num_tokens, index=index)
 
 
 def test_a_part_of_a_prompt_is_prompt():

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import count
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from benchmarks.gpu.measure import DEVICE, DRY, measure
@@ -224,7 +225,7 @@ class _Bench:
             sequence = nobodys(self.plan.context + queries - 1, list(range(place * each, (place + 1) * each)))
             sequence.num_computed = self.plan.context - 1
             sequence.tokens = self._random.choices(range(self.plan.spec.vocab_size), k=len(sequence.tokens))
-            shares.append(replace(sequence.share(queries), num_rows=queries))
+            shares.append(structs.replace(sequence.share(queries), num_rows=queries))
         return build_batch(shares, config.block_size, none_drawn(torch.device(DEVICE)))
 
 

@@ -42,7 +42,7 @@ class _Candidates:
 def sample(logits: Tensor, rows: Sequence[SamplingRow], greatest: Greatest = _greatest) -> Tensor:
     """As the definition, but that draws within 1e-6 of a boundary between two tokens may fall on its other side."""
     largest, tokens = greatest(logits)
-    tokens[~largest.isfinite()] = -1
+    tokens.numpy()[~np.isfinite(largest.numpy())] = -1
     drawn = [i for i, row in enumerate(rows) if row.temperature > 0 and tokens[i] >= 0]
     if drawn:
         tokens[drawn] = torch.tensor(_draw_all(logits[drawn], largest[drawn], [rows[i] for i in drawn]))
