@@ -312,3 +312,15 @@ def test_a_long_prompt_is_caught_up_with_in_passes_no_larger_than_a_step():
         most = max(most, *drafted, 0)
     assert 16 < most <= 32 + 1  # and one for the second draft
     assert engine.core.stats().num_accepted > 0
+
+
+def test_drafts_are_counted_where_there_is_one_at_a_time():
+    engine = scripted_engine(Script(memory=1), drafts_max=1, draft_cost=0.0)
+    engine.core.submit(Request(id=0, prompt=(3, 4, 5), sampling=Sampling(tokens_max=60)))
+    results = []
+    while engine.core.has_work:
+        results.append(engine.core.step())
+    usage, stats = results[-1].finished[0].usage, engine.core.stats()
+    num_rejected = sum(c.num_tokens for r in results for c in r.charges if c.work is Work.REJECTED)
+    assert usage.num_accepted == usage.num_output - stats.num_steps > 0
+    assert usage.num_drafted == usage.num_accepted + num_rejected == stats.num_drafted
