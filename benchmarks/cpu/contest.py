@@ -50,7 +50,7 @@ class Started:
             self.version = str(self._answer()["version"])
         except NotInstalled:
             last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-            raise NotInstalled(f"it ended at its start with {''.join(last)!r}: see {log}") from None
+            raise NotInstalled(f"it ended at its start with {''.join(last)!r}: see {log.name}") from None
 
     def __enter__(self) -> Self:
         return self
