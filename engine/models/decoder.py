@@ -94,11 +94,11 @@ class Decoder:
         self._ops = weights.ops
         self._ranks = weights.ranks
         self._embedding = Embedding(weights, self.part.vocab_size)
-        self._layers = [Layer(layer, spec.norm_eps, weights, index) for index, layer in enumerate(self.part.layers)]
-        self._norm = weights.tensor(Parameter("norm"))  # (C,)
-        self._head = weights.head(
+        self._head = weights.head(  # before the layers: what it takes while it is made is free for them
             Kept.plain(self._embedding.matrix) if spec.tied_embeddings else weights.tensors.take(Parameter("head"))
         )
+        self._layers = [Layer(layer, spec.norm_eps, weights, index) for index, layer in enumerate(self.part.layers)]
+        self._norm = weights.tensor(Parameter("norm"))  # (C,)
         self._draft_layer = DraftLayer(spec, weights) if spec.draft_layers else None
         rotary_size = spec.layers[0].mixer.rotary_size  # one table of angles serves all layers
         self._inverse_frequencies = inverse_frequencies(spec.rope, rotary_size).to(weights.device)  # (D/2,)
