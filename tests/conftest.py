@@ -43,6 +43,20 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
 
 
 @pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Triton's kernels run in its interpreter, made honest, and whoever writes beside a tensor fails."""
+    import torch  # as what follows for these tests alone, and after TRITON_INTERPRET is set
+
+    from tests import triton_interpreter
+    from tests.triton_memory import guarded
+
+    triton_interpreter.install()
+    torch.manual_seed(0)
+    with guarded():
+        yield
+
+
+@pytest.fixture
 async def stage(kafka: Kafka, request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
     """A stage on it, in the mode that the test asks for."""
     async with staged(kafka.brokers, getattr(request, "param", {})) as stage:

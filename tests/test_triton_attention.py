@@ -1,7 +1,7 @@
 """Attention in segments and tiles is the definition's, whatever the shapes; `test_kernels.py` has small contexts."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -13,9 +13,10 @@ from kernels import reference
 from kernels.cache import bytes_of, encode
 from kernels.ops import AttentionBatch
 from kernels.triton import attention, cache
-from tests import triton_interpreter
 from tests.triton_machine_code import run_machine_code
-from tests.triton_memory import far_rows, guarded
+from tests.triton_memory import far_rows
+
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}  # bf16: probabilities and results are rounded, 2^-9 each
 KEPT = [torch.float8_e4m3fn, torch.int8]
@@ -106,14 +107,6 @@ class Inputs:
             ),
         }
         return inputs
-
-
-@pytest.fixture(autouse=True)
-def _interpreted() -> Iterator[None]:
-    triton_interpreter.install()
-    torch.manual_seed(0)
-    with guarded():
-        yield
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:

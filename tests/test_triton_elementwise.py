@@ -1,7 +1,5 @@
 """The small kernels write what the definition says, all of it, and nothing else. Plain cases: `test_kernels.py`."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,21 +8,14 @@ from kernels import reference
 from kernels.cache import bytes_of, decode, row_size
 from kernels.ops import HeadNorms
 from kernels.triton import OPS
-from tests import triton_interpreter
 from tests.triton_memory import far_rows, guarded, poison
+
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 # fp32: the device's and numpy's exponentials and sums. bf16: the definition's bits, but for ties that these decide.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-12}
-
-
-@pytest.fixture(autouse=True)
-def _interpreted() -> Iterator[None]:
-    triton_interpreter.install()
-    torch.manual_seed(0)
-    with guarded():
-        yield
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:

@@ -1,7 +1,5 @@
 """Log probabilities are the definition's on rows that are awkward; plain ones and ties: `test_kernels.py`."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,16 +7,9 @@ from torch import Tensor
 from kernels import reference
 from kernels.triton import OPS
 from kernels.triton.logprobs import BLOCK
-from tests import triton_interpreter
-from tests.triton_memory import far_rows, guarded
+from tests.triton_memory import far_rows
 
-
-@pytest.fixture(autouse=True)
-def _interpreted() -> Iterator[None]:
-    triton_interpreter.install()
-    torch.manual_seed(0)
-    with guarded():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def assert_the_definitions(logits: Tensor, num_top: int) -> None:

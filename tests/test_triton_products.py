@@ -1,6 +1,5 @@
 """Products by prepared weights are the definition's, in every regime; `test_kernels.py` has small ones."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +16,10 @@ from kernels.triton.quantize import quantize, rows_for
 from kernels.triton.weights import Matrices
 from kernels.triton.widen import widen
 from kernels.weights import DEQUANTIZE, pack_nibbles
-from tests import triton_interpreter
 from tests.triton_machine_code import bf16, run_machine_code
 from tests.triton_memory import far_rows, guarded
+
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 # bf16: int4 weights, the gated product and each result are rounded, 2^-9 each; their errors are independent.
 TOLERANCE = 2**-7
@@ -28,14 +28,6 @@ QUANTIZED = ["bf16", "int8", "int4", "mxfp4", "fp8", "fp8-blocks"]
 # Rounding activations to e4m3 moves them by 2.6 % in the mean square, and so each product; experts have three.
 FP8_TOLERANCE = 0.03
 FP8_EXPERTS_TOLERANCE = 0.055
-
-
-@pytest.fixture(autouse=True)
-def _interpreted() -> Iterator[None]:
-    triton_interpreter.install()
-    torch.manual_seed(0)
-    with guarded():
-        yield
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:

@@ -1,7 +1,5 @@
 """A norm before products in fp8 leaves what they would round rounded, to the bit, and no product does it again."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -10,16 +8,8 @@ from kernels import reference
 from kernels.triton import OPS, quantize
 from kernels.triton.norms import RoundingNorm
 from kernels.triton.quantize import TwoForms
-from tests import triton_interpreter
-from tests.triton_memory import guarded
 
-
-@pytest.fixture(autouse=True)
-def _interpreted() -> Iterator[None]:
-    triton_interpreter.install()
-    torch.manual_seed(0)
-    with guarded():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def normed(num_tokens: int, size: int) -> TwoForms:

@@ -1,22 +1,12 @@
 """The choice of experts is the definition's, in order and on ties; `test_kernels.py` has the meaning of the scores."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from kernels import reference
 from kernels.triton import OPS
-from tests import triton_interpreter
-from tests.triton_memory import guarded
 
-
-@pytest.fixture(autouse=True)
-def _interpreted() -> Iterator[None]:
-    triton_interpreter.install()
-    torch.manual_seed(0)
-    with guarded():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "unit"])
