@@ -72,13 +72,19 @@ def keep(stored: Kept, wanted: WeightFormat) -> Kept:
     """The matrix in the format, untouched where it is in it. Raises ValueError where the format cannot hold it."""
     if stored.is_in(wanted):
         return stored
-    pieces = [wanted.quantize(rows) for rows in torch.split(stored.floats(), ROWS_AT_ONCE)]
-    return Kept(wanted.layout, {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
+    return _joined([Kept(wanted.layout, wanted.quantize(rows)) for rows in torch.split(stored.floats(), ROWS_AT_ONCE)])
 
 
 def stack_rows(matrices: Sequence[Kept], dense: WeightFormat) -> Kept:
     """The matrices one below the other; in `dense`, where they are kept in different ways."""
     if len({(one.layout, one.num_groups) for one in matrices}) > 1:
         matrices = [keep(Kept.plain(one.floats()), dense) for one in matrices]
-    names = matrices[0].parts
-    return Kept(matrices[0].layout, {name: torch.cat([one.parts[name] for one in matrices]) for name in names})
+    return _joined(matrices)
+
+
+def _joined(pieces: Sequence[Kept]) -> Kept:
+    """The pieces, which are kept alike, one below the other; one alone is not copied."""
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    return Kept(first.layout, {name: torch.cat([piece.parts[name] for piece in pieces]) for name in first.parts})
