@@ -147,8 +147,8 @@ class _Coordinator:
             )
         except errors.IncompatibleBrokerVersion:
             return None
-        code, _, state, *_ = response.transactions[0]
-        return None if code == TRANSACTIONAL_ID_NOT_FOUND else COMMITTED.get(state)
+        _, _, state, *_ = response.transactions[0]  # empty where the id is unknown
+        return COMMITTED.get(state)
 
     async def producer(self, timeout_ms: int) -> Producer:
         """The newest, once no transaction of the id is open."""
