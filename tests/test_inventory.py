@@ -22,6 +22,8 @@ from worker.cli import main
 
 MEMORY = 1_000_000_000
 
+NO_KERNELS = "no C++ kernels here: torch's keep int4 twice, and others where nobody can look"
+
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -76,14 +78,14 @@ def test_weights_take_in_memory_what_is_told(mixtral: Path, tmp_path: Path, weig
         tiny_mixtral(tmp_path, 1, hidden_size=256, intermediate_size=512, tie_word_embeddings=True) if tied else mixtral
     )
     if pick("cpu").name != "cpu":
-        pytest.skip("no C++ kernels here: torch's keep int4 twice, and others where nobody can look")
+        pytest.skip(NO_KERNELS)
     assert loaded_bytes(inventory(folder, weights)) == pytest.approx(bytes_in_memory(folder, weights), rel=0.02)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_embedding_that_is_kept_in_bf16_stays_so(tmp_path: Path, tied: bool) -> None:
     if pick("cpu").name != "cpu":
-        pytest.skip("as above")
+        pytest.skip(NO_KERNELS)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096}
     long = tiny_mixtral(tmp_path, 1, tie_word_embeddings=tied, **sizes)
     half = shutil.copytree(long, tmp_path / "half")
@@ -98,7 +100,7 @@ def test_an_embedding_that_is_kept_in_bf16_stays_so(tmp_path: Path, tied: bool) 
 @pytest.mark.parametrize("weights", ["auto", "int4-g128"])
 def test_so_does_what_each_rank_has_of_them(tmp_path: Path, num_ranks: int, experts: str, weights: str) -> None:
     if pick("cpu").name != "cpu":
-        pytest.skip("as above")
+        pytest.skip(NO_KERNELS)
     sizes = {"hidden_size": 192, "intermediate_size": 384, "vocab_size": 500}  # 3 x 167: the last has less
     heads = {"num_attention_heads": 6, "num_key_value_heads": 6}
     folder = tiny_mixtral(tmp_path, 1, tie_word_embeddings=num_ranks == 3, **sizes, **heads)
