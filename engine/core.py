@@ -43,8 +43,8 @@ class Core:
         self._underway = self._launch_ahead() if self._overlap else None
         accepted = step.collect()
         result = self._scheduler.commit(step.plan, accepted)
-        self.meter.settle(result, step.plan.drafting_ns)
-        self._drafting.learn(step.plan, accepted, sum(charge.device_ns for charge in result.charges))
+        charged_ns = self.meter.settle(result, step.plan.drafting_ns)
+        self._drafting.learn(step.plan, accepted, charged_ns)
         return result
 
     def submit(self, request: Request) -> None:

@@ -6,7 +6,8 @@ scheduler's commit, charges go out with the step's result.
 
 import time
 from collections.abc import Callable
-from operator import add
+from itertools import accumulate
+from operator import sub
 
 from engine.sequence import Proposed, Sequence, Share
 from engine.types import Charge, StepResult, Work
@@ -35,22 +36,19 @@ class Meter:
         """The time by the meter's clock, to measure a part of a step by."""
         return self._clock()
 
-    def settle(self, result: StepResult, drafting_ns: int = 0) -> None:
+    def settle(self, result: StepResult, drafting_ns: int = 0) -> int:
         """A step is over: its idle time and its charges are together exactly the time since the one before ended.
 
         The step's time is shared out by the tokens computed; one that computed nothing was idle. `drafting_ns` of it
-        belong to the drafting alone, if a model drafted: one of its tokens costs less.
+        belong to the drafting alone, if a model drafted: one of its tokens costs less. Returns the sum of the charges.
         """
         step_ns, charges = self._lap(), result.charges
-        result.idle_ns, self._idle_ns = self._idle_ns, 0
-        if not any(charge.num_tokens for charge in charges):
-            result.idle_ns, step_ns = result.idle_ns + step_ns, 0
-        drafted = [charge.num_tokens if charge.work is DRAFTED else 0 for charge in charges]
-        others = [0 if charge.work is DRAFTED else charge.num_tokens for charge in charges]
-        drafting_ns = min(step_ns, drafting_ns) if any(drafted) else 0
-        parts = map(add, apportion(drafting_ns, drafted), apportion(step_ns - drafting_ns, others))
-        for charge, device_ns in zip(charges, parts, strict=True):
-            charge.device_ns = device_ns
+        drafted = [charge for charge in charges if charge.work is DRAFTED]
+        others = [charge for charge in charges if charge.work is not DRAFTED] if drafted else charges
+        charged_ns = _share_out(min(step_ns, drafting_ns), drafted)
+        charged_ns += _share_out(step_ns - charged_ns, others)
+        result.idle_ns, self._idle_ns = self._idle_ns + step_ns - charged_ns, 0
+        return charged_ns
 
     def _lap(self) -> int:
         now_ns = self._clock()
@@ -58,18 +56,21 @@ class Meter:
         return lap_ns
 
 
+def _share_out(total_ns: int, charges: list[Charge]) -> int:
+    """Each charge has its part by its tokens. Returns the parts' sum: 0 where there is no token."""
+    parts = apportion(total_ns, [charge.num_tokens for charge in charges])
+    for charge, device_ns in zip(charges, parts, strict=True):
+        charge.device_ns = device_ns
+    return sum(parts)
+
+
 def apportion(total: int, weights: list[int]) -> list[int]:
-    """Integers in the ratio of `weights` whose sum is `total`: the largest remainders get what rounding down leaves."""
+    """Integers in the ratio of `weights` with the sum `total`: it is their running sum that is rounded, down."""
     whole = sum(weights)
     if not whole:
         return [0] * len(weights)
-    products = [total * weight for weight in weights]
-    parts = [product // whole for product in products]
-    remainders = [product % whole for product in products]
-    by_remainder = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)
-    for place in by_remainder[: total - sum(parts)]:
-        parts[place] += 1
-    return parts
+    marks = [total * weight // whole for weight in accumulate(weights)]
+    return list(map(sub, marks, [0, *marks]))
 
 
 def work_of(share: Share, num_accepted: int) -> list[Charge]:

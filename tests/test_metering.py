@@ -41,9 +41,9 @@ def test_the_parts_make_up_the_whole_and_none_is_off_by_one(total, weights):
         assert abs(part * sum(weights) - total * weight) < max(1, sum(weights))
 
 
-def test_the_largest_remainders_get_what_is_left():
-    assert apportion(10, [1, 1, 4]) == [2, 2, 6] or apportion(10, [1, 1, 4]) == [2, 1, 7]
-    assert apportion(100, [1, 2, 4]) == [14, 29, 57]
+def test_what_rounding_leaves_goes_to_whoever_comes_next():
+    assert apportion(10, [1, 1, 4]) == [1, 2, 7]
+    assert apportion(100, [1, 0, 2, 4]) == [14, 0, 28, 58]
 
 
 def test_idle_time_and_charges_are_the_time_that_passed():

@@ -14,7 +14,6 @@ from engine.types import Request, Sampling
 from kernels.backends import pick
 
 CACHE_TOKENS = 16 * 1024  # C has 12,928 tokens in all
-TOKENS_PER_STEP = 2048  # as the other engines': nobody waits for a next token here
 
 
 def start(folder: str, weights: str) -> tuple[str, Play]:
@@ -23,7 +22,6 @@ def start(folder: str, weights: str) -> tuple[str, Play]:
         weights=weights,
         cache="bf16",  # as the other engines' caches, bf16 or fp16
         cache_tokens=CACHE_TOKENS,
-        tokens_per_step_max=TOKENS_PER_STEP,
         sequences_max=64,
         drafts_max=0,  # random weights repeat themselves as no text does, and the other engines draft nothing
     )
