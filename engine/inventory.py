@@ -25,12 +25,13 @@ from engine.ranks import Ranks
 
 # Bits of a weight as a device's backend keeps it, by layout, its scales apart. Others are unpacked.
 LOADED_BITS: Mapping[str, Mapping[str, int]] = {
-    "cpu": {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4},
+    "cpu": {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4},
     "cuda": {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4},
 }
-# The groups of int4 that have a scale and a zero of their own, the largest that divides the weight's.
-INT4_GROUPS = {"cpu": (64, 32), "cuda": (128, 64, 32)}
-SCALE_BITS = {"int4": 32, "fp8": 32, "mxfp4": 32}  # of a group
+# The groups that have a scale of their own there, the largest that divides the weight's; as the weight's, if none is named.
+GROUPS = {"cpu": {"int4": (64, 32), "fp8": (128,)}, "cuda": {"int4": (128, 64, 32)}}
+# Of a group's scale, and its zero where there is one.
+SCALE_BITS = {"cpu": {"int4": 32, "fp8": 32, "mxfp4": 16}, "cuda": {"int4": 32, "fp8": 32, "mxfp4": 32}}
 
 # What a parameter is a part of, by the beginning or the end of its role. The first that fits.
 KINDS = {
@@ -195,13 +196,10 @@ def _bits(
 
 def _bits_of(layout: str, num_in: int, num_groups: int, device: str) -> float:
     """Of a weight whose rows are in groups, the scales included where there are more than one for a row."""
-    bits = LOADED_BITS[device]
-    if layout not in bits:
-        return bits[DENSE_FORMATS[activation_dtype(torch.device(device))]]
-    group = -(-num_in // num_groups)
-    if layout == "int4":
-        group = next(size for size in INT4_GROUPS[device] if group % size == 0)
-    return bits[layout] + (SCALE_BITS.get(layout, 0) / group if num_groups > 1 else 0)
+    own_group = -(-num_in // num_groups)
+    group = next((size for size in GROUPS[device].get(layout, ()) if own_group % size == 0), own_group)
+    scale_bits = SCALE_BITS[device].get(layout, 0) if group < num_in else 0
+    return LOADED_BITS[device][layout] + scale_bits / group
 
 
 def _loaded_bytes(spec: ModelSpec, shapes: Shapes, bits: Mapping[str, float], dense_bits: int) -> int:

@@ -16,7 +16,7 @@ from kernels import reference
 from kernels.backends import BACKENDS, pick
 from kernels.cpu.native.build import INSTRUCTION_SETS
 from kernels.cpu.native.build import load as load_kernels
-from kernels.ops import AttentionBatch, HeadNorms, Ops, SamplingRow
+from kernels.ops import AttentionBatch, HeadNorms, Ops, SamplingRow, WeightKernel
 from kernels.weights import int4_by
 from tests import triton_interpreter
 
@@ -30,7 +30,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 MULTIPLIED = ["fp32", "bf16", "int8", "int4"]  # by every backend, and named after their layout
 
 # The C++ table once for each of its instruction sets.
-TABLES = [name for name in BACKENDS if name != "cpu"] + [f"cpu-{name}" for name in INSTRUCTION_SETS]
+NATIVE = [f"cpu-{name}" for name in INSTRUCTION_SETS]
+TABLES = [name for name in BACKENDS if name != "cpu"] + NATIVE
+
+# Which table multiplies by which format. Those of Triton's that are its own: `test_triton_products.py`.
+PRODUCTS = [
+    *((table, name) for table in TABLES for name in MULTIPLIED),
+    *((table, name) for table in NATIVE for name in ("mxfp4", "fp8", "fp8-blocks")),
+]
+PRODUCTS_TO_COMPARE = [(table, name) for table, name in PRODUCTS if table != "reference"]
 
 
 @pytest.fixture(params=[name for name in TABLES if name != "reference"])
@@ -303,15 +311,23 @@ NUM_ROWS = [0, 1, 4, 5, 33, 129]  # either side of each limit between two paths
 
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", MULTIPLIED)
+@pytest.mark.parametrize(
+    ("ops", "name", "shape"),
+    [
+        (table, name, shape)
+        for table, name in PRODUCTS_TO_COMPARE
+        for shape in SHAPES
+        if name not in ("int4", "mxfp4") or shape[0] % 32 == 0  # they take whole groups alone
+    ],
+    indirect=["ops"],
+    ids=str,
+)
 def test_linear_agrees_with_the_definition(ops: Ops, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    if name == "int4" and shape[0] % 32:
-        pytest.skip("int4 takes whole groups of 32 alone")
     parts = FORMATS[name].quantize(torch.randn(shape[1], shape[0]) * 0.02)
-    kernel, definition = ops.weights[name], reference.OPS.weights[name]
+    kernel, definition = kernel_of(ops, name), kernel_of(reference.OPS, name)
     weight, expected_weight = kernel.prepare(parts), definition.prepare(parts)
-    tolerance = TOLERANCE[dtype if name == "fp32" or quantizes_rows(ops, name) else torch.bfloat16]
+    is_exact = name in ("fp32", "fp8", "fp8-blocks") or quantizes_rows(ops, name)
+    tolerance = TOLERANCE[dtype if is_exact else torch.bfloat16]
     for num_rows in NUM_ROWS:
         x = torch.randn(num_rows, shape[0]).to(dtype)
         multiplied = reference.quantize_rows(x) if quantizes_rows(ops, name) else x
@@ -333,9 +349,14 @@ def test_larger_groups_of_int4_are_multiplied_as_the_groups_of_32_in_them(any_op
     assert torch.equal(kernel.linear(x, kernel.prepare(finer)), expected) == (any_ops.name != "reference")
 
 
+def kernel_of(ops: Ops, name: str) -> WeightKernel:
+    """How the table multiplies by a format."""
+    return ops.weights[FORMATS[name].layout]
+
+
 def quantizes_rows(ops: Ops, name: str) -> bool:
     """Whether the table's products with this format are of integers on both sides."""
-    return ops.name == "cpu" and name in ("int8", "int4")
+    return ops.name == "cpu" and name in ("int8", "int4", "mxfp4")
 
 
 @pytest.mark.parametrize("size", [3, 64, 150])
@@ -358,9 +379,9 @@ def test_a_quantized_group_with_anything_not_finite_is_all_nan(what: float) -> N
 
 
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")
-@pytest.mark.parametrize("name", MULTIPLIED)
+@pytest.mark.parametrize(("any_ops", "name"), PRODUCTS, indirect=["any_ops"])
 def test_what_is_not_finite_shows_in_its_own_row_alone(any_ops: Ops, name: str) -> None:
-    kernel = any_ops.weights[name]
+    kernel = kernel_of(any_ops, name)
     weight = kernel.prepare(FORMATS[name].quantize(torch.randn(64, 96)))
     x = torch.randn(3, 96)
     x[0, 5], x[2, 90] = torch.nan, torch.inf
@@ -369,9 +390,9 @@ def test_what_is_not_finite_shows_in_its_own_row_alone(any_ops: Ops, name: str) 
 
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")
 @pytest.mark.parametrize("num_rows", [2, 5, 40, 200])
-@pytest.mark.parametrize("name", MULTIPLIED)
+@pytest.mark.parametrize(("any_ops", "name"), PRODUCTS, indirect=["any_ops"])
 def test_a_row_is_multiplied_alike_whatever_its_neighbours_hold(any_ops: Ops, name: str, num_rows: int) -> None:
-    kernel = any_ops.weights[name]
+    kernel = kernel_of(any_ops, name)
     weight = kernel.prepare(FORMATS[name].quantize(torch.randn(64, 96)))
     x = torch.randn(num_rows, 96).bfloat16()
     beside_an_outlier = x.clone()
@@ -379,12 +400,22 @@ def test_a_row_is_multiplied_alike_whatever_its_neighbours_hold(any_ops: Ops, na
     assert torch.equal(kernel.linear(x, weight)[:-1], kernel.linear(beside_an_outlier, weight)[:-1])
 
 
+@pytest.mark.parametrize(("ops", "name"), [(t, name) for t, name in PRODUCTS if t in NATIVE], indirect=["ops"])
+def test_in_cpp_a_row_is_multiplied_alike_however_many_there_are(ops: Ops, name: str) -> None:
+    kernel = kernel_of(ops, name)
+    weight = kernel.prepare(FORMATS[name].quantize(torch.randn(100, 288)))
+    x = torch.randn(40, 288)
+    together = kernel.linear(x, weight)
+    for num_rows in (1, 3, 6, 7, 13):
+        assert torch.equal(kernel.linear(x[:num_rows], weight), together[:num_rows])
+
+
 # -------------------------------------------------------------------------------------------------------------- experts
 
 
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 19])
-@pytest.mark.parametrize("name", MULTIPLIED)
+@pytest.mark.parametrize(("ops", "name"), PRODUCTS_TO_COMPARE, indirect=["ops"])
 @pytest.mark.parametrize(("num_experts", "num_chosen"), [(8, 7), (5, 1), (16, 2)])
 def test_experts_agree_with_the_definition(
     ops: Ops, name: str, num_experts: int, num_chosen: int, num_tokens: int
@@ -402,9 +433,9 @@ def test_experts_agree_with_the_definition(
         table.experts(
             x if table is ops else x.float(),
             *routed,
-            table.weights[name].stack([table.weights[name].prepare(parts) for parts in gate_up]),
-            table.weights[name].stack([table.weights[name].prepare(parts) for parts in down]),
-            table.weights[name].linear if table is ops or not quantizes_rows(ops, name) else quantized_linear,
+            kernel_of(table, name).stack([kernel_of(table, name).prepare(parts) for parts in gate_up]),
+            kernel_of(table, name).stack([kernel_of(table, name).prepare(parts) for parts in down]),
+            kernel_of(table, name).linear if table is ops or not quantizes_rows(ops, name) else quantized_linear,
             table.swiglu,
         )
         for table in (ops, reference.OPS)
@@ -456,9 +487,9 @@ def test_experts_sum_the_chosen_ones_by_weight(any_ops: Ops) -> None:
 
 @pytest.mark.filterwarnings("ignore:this processor has no bf16")
 @pytest.mark.parametrize("num_tokens", [1, 5])
-@pytest.mark.parametrize("name", MULTIPLIED)
+@pytest.mark.parametrize(("any_ops", "name"), PRODUCTS, indirect=["any_ops"])
 def test_experts_add_what_all_tokens_share(any_ops: Ops, name: str, num_tokens: int) -> None:
-    kernel, dtype = any_ops.weights[name], torch.float32 if name == "fp32" else torch.bfloat16
+    kernel, dtype = kernel_of(any_ops, name), torch.float32 if name == "fp32" else torch.bfloat16
     matrices = [[FORMATS[name].quantize(torch.randn(shape) * 0.1) for _ in range(4)] for shape in [(64, 64), (64, 32)]]
     gate_up, down = (kernel.stack([kernel.prepare(parts) for parts in of]) for of in matrices)
     x, shared = torch.randn(2, num_tokens, 64).to(dtype)

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <utility>
+#include <vector>
 
 #include "kernels.h"
 #include "vector.h"
@@ -117,21 +118,35 @@ struct Int8 {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------- int4
+// --------------------------------------------------------------------------------------------------------- int4, mxfp4
 //
-// A block: for each group of 32 or 64 inputs 64 scales and 64 zeros in bf16, then for each eight inputs 64 features x 4
-// bytes, the first four inputs in the low nibbles. y = the sum over the groups of
-// scale_x (scale_w (sum q x - 8 sum x) + zero sum x).
+// A block: for each group of 32 or 64 inputs its heads, which are 64 numbers in bf16 each, then for each eight inputs 64
+// features x 4 bytes, the first four inputs in the low nibbles. A nibble stands for an unsigned level q, whose middle is 0.
+// y = the sum over the groups of scale_x (scale_w (sum q x - middle sum x) + zero sum x), with mxfp4 without a zero.
 
-template <int64_t kScaled>
 struct Int4 {
+  static constexpr int kHeads = 2;  // scales, zeros
+  static constexpr int kMiddle = 8;
+  static INLINE Words levels(Words nibbles) { return nibbles; }
+};
+
+struct Mxfp4 {
+  static constexpr int kHeads = 1;    // scales of a half
+  static constexpr int kMiddle = 12;  // twice e2m1 is 0 1 2 3 4 6 8 12, and the same below 0
+  static INLINE Words levels(Words nibbles) {
+    return look_up(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0), nibbles);
+  }
+};
+
+template <class Kind, int64_t kScaled>
+struct Nibbles {
   template <int M>
   static constexpr int kVectors = vectors<M>(2);
 
   template <int M, int V>
   static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
                               float* out) {
-    constexpr int64_t kGroupBytes = 4 * kBlock + kScaled / 2 * kBlock;
+    constexpr int64_t kHeadBytes = 2 * Kind::kHeads * kBlock, kGroupBytes = kHeadBytes + kScaled / 2 * kBlock;
     constexpr int64_t kHalves = kScaled / 32;  // of a group of activations, each with its sum
     const Groups<M> groups(rows, in);
     Columns<Floats, M, V> totals;
@@ -141,30 +156,36 @@ struct Int4 {
       int32_t xs[M];
       unroll<M>(FOR(m) {
         xs[m] = groups.sums[m][kHalves * g] + (kHalves == 2 ? groups.sums[m][kHalves * g + 1] : 0);
-        const Words bias = broadcast(-8 * xs[m]);
+        const Words bias = broadcast(-Kind::kMiddle * xs[m]);
         unroll<V>(FOR(v) { sums.template at<v>()[m] = bias; });
       });
       unroll<kScaled / 8>(FOR(eight) {
-        const uint8_t* w = block + 4 * kBlock + 4 * kBlock * eight + 64 * first;
+        const uint8_t* w = block + kHeadBytes + 4 * kBlock * eight + 64 * first;
         const int64_t k = g * kScaled + 8 * eight;
-        Words bytes[V];
-        unroll<V>(FOR(v) { bytes[v] = load_words(w + 64 * v), prefetch(w + 64 * v); });
+        Words low[V], high[V];
+        unroll<V>(FOR(v) {
+          const Words bytes = load_words(w + 64 * v);
+          prefetch(w + 64 * v);
+          low[v] = Kind::levels(low_nibbles(bytes)), high[v] = Kind::levels(high_nibbles(bytes));
+        });
         unroll<M>(FOR(m) {
           const Words x = broadcast_word(rows[m] + k);
-          unroll<V>(FOR(v) { dot4_unsigned(sums.template at<v>()[m], low_nibbles(bytes[v]), x); });
+          unroll<V>(FOR(v) { dot4_unsigned(sums.template at<v>()[m], low[v], x); });
         });
         unroll<M>(FOR(m) {
           const Words x = broadcast_word(rows[m] + k + 4);
-          unroll<V>(FOR(v) { dot4_unsigned(sums.template at<v>()[m], high_nibbles(bytes[v]), x); });
+          unroll<V>(FOR(v) { dot4_unsigned(sums.template at<v>()[m], high[v], x); });
         });
       });
-      const bf16* scales = (const bf16*)block + 16 * first;
+      const bf16* heads = (const bf16*)block + 16 * first;
       unroll<V>(FOR(v) {
-        const Floats scale = load(scales + 16 * v), zero = load(scales + kBlock + 16 * v);
+        const Floats scale = load(heads + 16 * v);
         unroll<M>(FOR(m) {
-          const Floats sum = broadcast(float(xs[m])), product = to_floats(sums.template at<v>()[m]);
+          Floats product = to_floats(sums.template at<v>()[m]);
+          if constexpr (Kind::kHeads == 1) product = scale * product;
+          else product = fma(scale, product, load(heads + kBlock + 16 * v) * broadcast(float(xs[m])));
           Floats& total = totals.template at<v>()[m];
-          total = fma(broadcast(groups.scales[m][g * kScaled / kGroup]), fma(scale, product, zero * sum), total);
+          total = fma(broadcast(groups.scales[m][g * kScaled / kGroup]), product, total);
         });
       });
     }
@@ -198,6 +219,46 @@ struct Dense {
         });
       });
     }
+    unroll<M>(FOR(m) { unroll<V>(FOR(v) { store(out + kBlock * m + 16 * v, totals.template at<v>()[m]); }); });
+  }
+};
+
+// ----------------------------------------------------------------------------------------------------------------- fp8
+//
+// A block: for each group of 128 inputs 64 scales in fp32, then for each input 64 features x 1 byte. A weight is widened to
+// fp32 and scaled before it is multiplied, by whichever path: so the sums are the same to the bit.
+
+// f(k, the weights of input k and of V vectors from the `first` on) for each input.
+template <int V, class F>
+INLINE void widen(const uint8_t* block, int first, int64_t in, F&& f) {
+  for (int64_t k = 0; k < in;) {
+    Floats scales[V];
+    unroll<V>(FOR(v) { scales[v] = load((const float*)block + 16 * (first + v)); });
+    block += 4 * kBlock;
+    for (const int64_t end = k + kFp8Group < in ? k + kFp8Group : in; k < end; k++, block += kBlock) {
+      Floats weights[V];
+      prefetch(block);
+      unroll<V>(FOR(v) { weights[v] = load((const fp8*)block + 16 * (first + v)) * scales[v]; });
+      f(k, weights);
+    }
+  }
+}
+
+struct Fp8 {
+  template <int M>
+  static constexpr int kVectors = vectors<M>(1);
+
+  template <int M, int V>
+  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
+                              float* out) {
+    Columns<Floats, M, V> totals;
+    unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
+    widen<V>(block, first, in, [&](int64_t k, const Floats (&weights)[V]) __attribute__((always_inline)) {
+      unroll<M>(FOR(m) {
+        const Floats x = broadcast(((const float*)rows[m])[k]);
+        unroll<V>(FOR(v) { totals.template at<v>()[m] = fma(weights[v], x, totals.template at<v>()[m]); });
+      });
+    });
     unroll<M>(FOR(m) { unroll<V>(FOR(v) { store(out + kBlock * m + 16 * v, totals.template at<v>()[m]); }); });
   }
 };
@@ -246,15 +307,31 @@ void multiply_as(const Matrix& matrix, int64_t block, const Rows& rows, const in
   }
 }
 
+// With more rows than a tile has, the block is widened once for all of them.
+inline void multiply_fp8(const Matrix& matrix, int64_t block, const Rows& rows, const int64_t* chosen, int64_t num_rows,
+                         const Product& product, int64_t columns) {
+  if (num_rows <= kTileRows) return multiply_as<Fp8>(matrix, block, rows, chosen, num_rows, product, columns);
+  thread_local std::vector<float> wide;
+  wide.resize(matrix.in * kBlock);
+  widen<4>(matrix.data + block * matrix.block_bytes, 0, matrix.in, [&](int64_t k, const Floats (&weights)[4]) {
+    unroll<4>(FOR(v) { store(&wide[kBlock * k + 16 * v], weights[v]); });
+  });
+  const Matrix widened{Format::fp32, (const uint8_t*)wide.data(), matrix.num_blocks, 0, matrix.in};
+  multiply_as<Dense<1>>(widened, block, rows, chosen, num_rows, product, columns);
+}
+
 // The rows chosen[0 .. num_rows) (null: 0 .. num_rows) times the block, of which `columns` features are not padding.
 inline void multiply(const Matrix& matrix, int64_t block, const Rows& rows, const int64_t* chosen, int64_t num_rows,
                      const Product& product, int64_t columns) {
+  const auto by = [&](auto multiply) { multiply(matrix, block, rows, chosen, num_rows, product, columns); };
   switch (matrix.format) {
-    case Format::fp32: return multiply_as<Dense<1>>(matrix, block, rows, chosen, num_rows, product, columns);
-    case Format::bf16: return multiply_as<Dense<2>>(matrix, block, rows, chosen, num_rows, product, columns);
-    case Format::int8: return multiply_as<Int8>(matrix, block, rows, chosen, num_rows, product, columns);
-    case Format::int4_by_64: return multiply_as<Int4<64>>(matrix, block, rows, chosen, num_rows, product, columns);
-    case Format::int4: return multiply_as<Int4<32>>(matrix, block, rows, chosen, num_rows, product, columns);
+    case Format::fp32: return by(multiply_as<Dense<1>>);
+    case Format::bf16: return by(multiply_as<Dense<2>>);
+    case Format::int8: return by(multiply_as<Int8>);
+    case Format::int4_by_64: return by(multiply_as<Nibbles<Int4, 64>>);
+    case Format::int4: return by(multiply_as<Nibbles<Int4, 32>>);
+    case Format::mxfp4: return by(multiply_as<Nibbles<Mxfp4, 32>>);
+    case Format::fp8: return by(multiply_fp8);
   }
 }
 
@@ -290,7 +367,7 @@ inline void narrow_row(const float* x, int64_t size, bf16* y) {
 }
 
 inline void prepare_row(Format format, const float* x, int64_t in, uint8_t* row) {
-  if (is_quantized(format)) return quantize_row(x, in, row);
+  if (format == Format::int8) return quantize_row(x, in, row);
   const int64_t size = (format == Format::fp32 ? 4 : 2) * in;
   format == Format::fp32 ? void(std::memcpy(row, x, size)) : narrow_row(x, in, (bf16*)row);
   std::memset(row + size, 0, values_bytes(format, in) - size);

@@ -88,17 +88,20 @@ Matrix matrix(const Tensor& packed, int64_t format, int64_t in, int64_t out) {
 struct PreparedRows {
   Tensor memory;
   Rows rows;
-  PreparedRows(Format format, int64_t num_rows, int64_t in)
-      : memory(at::empty({num_rows * row_bytes(format, in)}, at::kByte)),
-        rows{memory.mutable_data_ptr<uint8_t>(), row_bytes(format, in)} {}
+  Format format;  // of the rows
+  PreparedRows(Format weights, int64_t num_rows, int64_t in)
+      : memory(at::empty({num_rows * row_bytes(rows_of(weights), in)}, at::kByte)),
+        rows{memory.mutable_data_ptr<uint8_t>(), row_bytes(rows_of(weights), in)},
+        format(rows_of(weights)) {}
+  void set(int64_t row, const float* x, int64_t in) const {
+    kernels().prepare_row(format, x, in, rows.data + row * rows.bytes);
+  }
 };
 
-PreparedRows prepare(Format format, const float* x, int64_t num_rows, int64_t in) {
-  PreparedRows prepared(format, num_rows, in);
+PreparedRows prepare(Format weights, const float* x, int64_t num_rows, int64_t in) {
+  PreparedRows prepared(weights, num_rows, in);
   parallel_for(num_rows, kCheapRows, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) {
-      kernels().prepare_row(format, x + t * in, in, prepared.rows.data + t * prepared.rows.bytes);
-    }
+    for (int64_t t = begin; t < end; t++) prepared.set(t, x + t * in, in);
   });
   return prepared;
 }
@@ -175,7 +178,7 @@ PreparedRows hidden(const Pairs& pairs, const Rows& inputs, const Matrix& gate_u
     std::vector<float> gated(size);
     for (int64_t i = begin; i < end; i++) {
       kernels().swiglu_row(y + i * 2 * size, y + i * 2 * size + size, size, gated.data());
-      kernels().prepare_row(gate_up.format, gated.data(), size, prepared.rows.data + i * prepared.rows.bytes);
+      prepared.set(i, gated.data(), size);
     }
   });
   return prepared;

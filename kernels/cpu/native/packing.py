@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.weights import INT4_GROUP, Parts, int4_by, int4_group, unpack_nibbles
+from kernels.weights import E8M0_BIAS, FP8_GROUP, INT4_GROUP, Parts, int4_by, int4_group, unpack_nibbles
 
 BLOCK = 64
 WIDE_GROUP = 64  # as activations have: half the scales to read, and half as often
@@ -72,16 +72,36 @@ def pack_int8(parts: Parts) -> Packed:
 
 
 def pack_int4(parts: Parts) -> Packed:
-    """By groups of 64 or 32: scales, zeros, then eight inputs a lane, the first four in the low nibbles."""
+    """By groups of 64 or 32: scales, zeros, nibbles."""
     name = "int4" if int4_group(parts) % WIDE_GROUP else "int4_by_64"
     group = INT4_GROUP if name == "int4" else WIDE_GROUP
     parts = int4_by(parts, group)
-    levels = _in_blocks(unpack_nibbles(parts["q"]), 8)  # (blocks, in / 8, 64, 8)
+    return _pack_nibbles(parts["q"], [parts["scale"], parts["zero"]], name)
+
+
+def pack_mxfp4(parts: Parts) -> Packed:
+    """By groups of 32: scales of halves, nibbles. What e2m1 stands for is halves."""
+    scale = torch.ldexp(torch.full(parts["scale"].shape, 0.5), parts["scale"].int() - E8M0_BIAS)
+    return _pack_nibbles(parts["q"], [scale.bfloat16()], "mxfp4")
+
+
+def pack_fp8(parts: Parts) -> Packed:
+    """By groups of 128: scales in fp32, then one input a byte."""
+    codes = _in_blocks(parts["q"].view(torch.uint8), 1).split(FP8_GROUP, dim=1)  # (blocks, 128, 64, 1) each
+    scales = _in_blocks(parts["scale"].expand(-1, len(codes)), 1).split(1, dim=1)  # (blocks, 1, 64, 1) each
+    streams = [_bytes(part) for group in zip(scales, codes, strict=True) for part in group]
+    return Packed(torch.cat(streams, dim=1), FORMATS["fp8"], len(parts["q"]))
+
+
+def _pack_nibbles(q: Tensor, heads: Sequence[Tensor], name: str) -> Packed:
+    """By groups: the heads (out, groups) bf16, then eight inputs a lane, the first four in the low nibbles."""
+    num_groups = heads[0].shape[1]
+    levels = _in_blocks(unpack_nibbles(q), 8)  # (blocks, in / 8, 64, 8)
     nibbles = levels[..., :4] | (levels[..., 4:] << 4)  # (blocks, in / 8, 64, 4)
-    nibbles = nibbles.view(len(nibbles), -1, group // 8, BLOCK, 4)  # (blocks, groups, group / 8, 64, 4)
-    heads = [_in_blocks(parts[name], 1) for name in ("scale", "zero")]  # (blocks, groups, 64, 1) each
-    streams = [stream.flatten(2).contiguous().view(torch.uint8) for stream in (*heads, nibbles)]
-    return Packed(torch.cat(streams, dim=2).flatten(1), FORMATS[name], len(parts["q"]))
+    nibbles = nibbles.view(len(nibbles), num_groups, -1, BLOCK, 4)  # (blocks, groups, group / 8, 64, 4)
+    streams = [*(_in_blocks(head, 1) for head in heads), nibbles]  # a head is (blocks, groups, 64, 1)
+    rows = [stream.flatten(2).contiguous().view(torch.uint8) for stream in streams]
+    return Packed(torch.cat(rows, dim=2).flatten(1), FORMATS[name], len(q))
 
 
 def _in_blocks(matrix: Tensor, inputs: int, padding: int = 0) -> Tensor:
@@ -95,10 +115,12 @@ def _bytes(blocks: Tensor) -> Tensor:
     return blocks.flatten(1).contiguous().view(torch.uint8)
 
 
-FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2, "fp32": 3, "int4_by_64": 4}
+FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2, "fp32": 3, "int4_by_64": 4, "mxfp4": 5, "fp8": 6}
 PACK: Mapping[str, Callable[[Parts], Packed]] = {
     "fp32": pack_fp32,
     "bf16": pack_bf16,
     "int8": pack_int8,
     "int4": pack_int4,
+    "mxfp4": pack_mxfp4,
+    "fp8": pack_fp8,
 }

@@ -99,6 +99,9 @@ INLINE Floats times_two_to(Floats x, Floats power) { return _mm512_scalef_ps(x, 
 INLINE Floats integral(Floats x) { return _mm512_roundscale_ps(x, 8); }
 INLINE Words low_nibbles(Words x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 INLINE Words high_nibbles(Words x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+INLINE Words look_up(__m128i table, Words nibbles) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
+}
 
 // Each lane of the result: that of `total` plus the products of four unsigned bytes of a and four signed ones of b.
 // In assembly, because gcc 12 keeps arrays of more than sixteen accumulators in memory when it is an intrinsic.
@@ -235,6 +238,10 @@ INLINE Words low_nibbles(Words x) {
   return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
 }
 INLINE Words high_nibbles(Words x) { return low_nibbles({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)}); }
+INLINE Words look_up(__m128i table, Words nibbles) {
+  const __m256i twice = _mm256_broadcastsi128_si256(table);
+  return {_mm256_shuffle_epi8(twice, nibbles.low), _mm256_shuffle_epi8(twice, nibbles.high)};
+}
 
 INLINE __m256i dot4_eight(__m256i total, __m256i a, __m256i b) {  // sums of two products must fit into int16
   return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
