@@ -23,13 +23,13 @@ from engine.models.spec import Mixture
 from engine.quant import DENSE_FORMATS, FORMATS, Kept, keep
 from engine.ranks import Ranks
 
-# Bits of a weight as a device's backend keeps it, by layout, its scales apart. Others are unpacked.
-LOADED_BITS: Mapping[str, Mapping[str, int]] = {
-    "cpu": {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4},
-    "cuda": {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4},
+# Bits of a weight as the devices' own backends keep it, by layout, its scales apart.
+LOADED_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4}
+# Groups that have a scale of their own, by device: the largest that divides the weight's, or else the weight's.
+GROUPS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "cpu": {"int4": (64, 32), "fp8": (128,)},
+    "cuda": {"int4": (128, 64, 32)},
 }
-# The groups that have a scale of their own there, the largest that divides the weight's; as the weight's, if none is named.
-GROUPS = {"cpu": {"int4": (64, 32), "fp8": (128,)}, "cuda": {"int4": (128, 64, 32)}}
 # Of a group's scale, and its zero where there is one.
 SCALE_BITS = {"cpu": {"int4": 32, "fp8": 32, "mxfp4": 16}, "cuda": {"int4": 32, "fp8": 32, "mxfp4": 32}}
 
@@ -97,7 +97,7 @@ def take_inventory(
     with open_checkpoint(path, ranks[0]) as (spec, checkpoint):
         whole, shapes = parameters(spec), [_shapes(spec, rank) for rank in ranks]
         bits = _bits(spec, shapes[0], checkpoint, weights, where.type, ranks[0])
-        dense_bits = LOADED_BITS[where.type][DENSE_FORMATS[dtype]]
+        dense_bits = LOADED_BITS[DENSE_FORMATS[dtype]]
         loaded = [_loaded_bytes(spec, own, bits, dense_bits) for own in shapes]
         cache_bytes = bytes_per_block(part_of(spec, ranks[0]), 1, cache_dtype(cache, dtype))
         nums_cached = [max(0, left) // cache_bytes for left in _left_bytes(memory_bytes, loaded, where)]
@@ -125,7 +125,7 @@ def _left_bytes(memory_bytes: int, loaded: list[int], device: torch.device) -> l
 
 def _device(name: str, num_ranks: int, *, is_here: bool) -> torch.device:
     """Of rank 0. One that is not here can be asked about, too, if its memory is given."""
-    if not is_here and name in LOADED_BITS:
+    if not is_here and name in GROUPS:
         return torch.device(name)
     return pick_device(name, 0, num_ranks)
 
@@ -196,10 +196,12 @@ def _bits(
 
 def _bits_of(layout: str, num_in: int, num_groups: int, device: str) -> float:
     """Of a weight whose rows are in groups, the scales included where there are more than one for a row."""
+    if layout == "plain":
+        layout = DENSE_FORMATS[activation_dtype(torch.device(device))]
     own_group = -(-num_in // num_groups)
     group = next((size for size in GROUPS[device].get(layout, ()) if own_group % size == 0), own_group)
     scale_bits = SCALE_BITS[device].get(layout, 0) if group < num_in else 0
-    return LOADED_BITS[device][layout] + scale_bits / group
+    return LOADED_BITS[layout] + scale_bits / group
 
 
 def _loaded_bytes(spec: ModelSpec, shapes: Shapes, bits: Mapping[str, float], dense_bits: int) -> int:

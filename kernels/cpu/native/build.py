@@ -28,7 +28,7 @@ COMPILE_S_MAX = 900  # a quarter of a minute on two free cores, minutes on busy 
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-INSTRUCTION_SETS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+INSTRUCTION_SETS = {"avx2": _AVX2, "avx512": _AVX512}
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 

@@ -54,4 +54,8 @@ inline void swiglu_row(const float* gate, const float* up, int64_t size, float* 
   }
 }
 
+inline void narrow_row(const float* x, int64_t size, bf16* y) {
+  for (int64_t i = 0; i < size; i++) y[i] = narrow(x[i]);
+}
+
 }  // namespace tokenmill::ISA

@@ -15,16 +15,6 @@ constexpr int64_t kFp8Group = 128;  // inputs that share a scale as weights in f
 
 enum class Format : int64_t { bf16, int8, int4, fp32, int4_by_64, mxfp4, fp8 };
 
-// What rows of activations are prepared as, to be multiplied by weights of a format.
-static inline Format rows_of(Format format) {
-  switch (format) {
-    case Format::fp32:
-    case Format::fp8: return Format::fp32;
-    case Format::bf16: return Format::bf16;
-    default: return Format::int8;
-  }
-}
-
 struct Matrix {
   Format format;
   const uint8_t* data;  // (blocks, block_bytes)
@@ -32,14 +22,17 @@ struct Matrix {
   int64_t in;
 };
 
-// T rows of x (T, in), prepared: fp32, bf16, or int8 with a scale for each group and a sum for each half of it, which undo
-// the bias of the weights. A row is a record of `bytes`: the values, padded to whole groups, scales, sums.
+// T rows of x (T, in), prepared for a format: fp32, or int8 with a scale for each group and a sum for each half of it, which
+// undo the bias of the weights. A row is a record of `bytes`: the values, padded to whole groups, scales, sums.
 struct Rows {
   uint8_t* data;
   int64_t bytes;
   const uint8_t* operator[](int64_t row) const { return data + row * bytes; }
 };
 
+static inline bool is_quantized(Format format) {  // rows are int8 for it
+  return format != Format::fp32 && format != Format::bf16 && format != Format::fp8;
+}
 static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t num_groups(int64_t in) { return padded(in, kGroup) / kGroup; }
 static inline int64_t block_bytes(Format format, int64_t in) {
@@ -54,15 +47,11 @@ static inline int64_t block_bytes(Format format, int64_t in) {
   }
   return 0;
 }
-static inline int64_t values_bytes(Format rows, int64_t in) {
-  switch (rows) {
-    case Format::fp32: return padded(4 * in, 64);
-    case Format::bf16: return padded(2 * in, 64);
-    default: return num_groups(in) * kGroup;
-  }
+static inline int64_t values_bytes(Format format, int64_t in) {
+  return is_quantized(format) ? num_groups(in) * kGroup : padded(4 * in, 64);
 }
-static inline int64_t row_bytes(Format rows, int64_t in) {
-  return padded(values_bytes(rows, in) + (rows == Format::int8 ? 12 * num_groups(in) : 0), 64);
+static inline int64_t row_bytes(Format format, int64_t in) {
+  return padded(values_bytes(format, in) + (is_quantized(format) ? 12 * num_groups(in) : 0), 64);
 }
 
 // Where the products of a block go: y[row][column .. column + columns) = product, or += weight[i] * product.
@@ -105,7 +94,7 @@ struct AttentionTask {
 };
 
 struct Kernels {
-  void (*prepare_row)(Format rows, const float* x, int64_t in, uint8_t* row);
+  void (*prepare_row)(Format, const float* x, int64_t in, uint8_t* row);
   void (*swiglu_row)(const float* gate, const float* up, int64_t size, float* y);
   void (*rms_norm_row)(const float* x, const float* weight, int64_t size, float eps, float* y);
   void (*rotate_row)(const float* x, const float* cos, const float* sin, int64_t half, float* y);
@@ -117,6 +106,6 @@ struct Kernels {
   int64_t (*attention_floats)(const Attention&);  // of scratch for one thread
 };
 
-extern const Kernels kernels_avx512_bf16, kernels_avx512, kernels_avx2;
+extern const Kernels kernels_avx512, kernels_avx2;
 
 }  // namespace tokenmill

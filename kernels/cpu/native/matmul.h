@@ -193,58 +193,61 @@ struct Nibbles {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------- bf16, fp32
+// ----------------------------------------------------------------------------------------------------- fp32, bf16, fp8
 //
-// A block: for each two inputs, or each one, 64 features x 4 bytes.
+// y = the sum over the inputs of w x, in fp32 and in their order, however many rows there are. A kind calls f(k, the weights
+// of input k and of V vectors from the `first` on) for each input.
 
-template <int kInputs>
-struct Dense {
-  template <int M>
-  static constexpr int kVectors = vectors<M>(1);
-
-  template <int M, int V>
-  static INLINE void multiply(const uint8_t* block, int first, int64_t in, const uint8_t* const (&rows)[M],
-                              float* out) {
-    Columns<Floats, M, V> totals;
-    unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
-    const uint8_t* w = block + 64 * first;
-    for (int64_t k = 0; k < in; k += kInputs, w += 4 * kBlock) {
-      Words weights[V];
-      unroll<V>(FOR(v) { weights[v] = load_words(w + 64 * v), prefetch(w + 64 * v); });
-      unroll<M>(FOR(m) {
-        const Words x = broadcast_word(rows[m] + 4 / kInputs * k);
-        unroll<V>(FOR(v) {
-          if constexpr (kInputs == 2) dot2(totals.template at<v>()[m], weights[v], x);
-          else dot1(totals.template at<v>()[m], weights[v], x);
-        });
-      });
-    }
-    unroll<M>(FOR(m) { unroll<V>(FOR(v) { store(out + kBlock * m + 16 * v, totals.template at<v>()[m]); }); });
-  }
-};
-
-// ----------------------------------------------------------------------------------------------------------------- fp8
-//
-// A block: for each group of 128 inputs 64 scales in fp32, then for each input 64 features x 1 byte. A weight is widened to
-// fp32 and scaled before it is multiplied, by whichever path: so the sums are the same to the bit.
-
-// f(k, the weights of input k and of V vectors from the `first` on) for each input.
-template <int V, class F>
-INLINE void widen(const uint8_t* block, int first, int64_t in, F&& f) {
-  for (int64_t k = 0; k < in;) {
-    Floats scales[V];
-    unroll<V>(FOR(v) { scales[v] = load((const float*)block + 16 * (first + v)); });
-    block += 4 * kBlock;
-    for (const int64_t end = k + kFp8Group < in ? k + kFp8Group : in; k < end; k++, block += kBlock) {
+// A block: for each input 64 features x 4 bytes.
+struct Fp32 {
+  template <int V, class F>
+  static INLINE void each(const uint8_t* block, int first, int64_t in, F&& f) {
+    for (int64_t k = 0; k < in; k++, block += 4 * kBlock) {
       Floats weights[V];
-      prefetch(block);
-      unroll<V>(FOR(v) { weights[v] = load((const fp8*)block + 16 * (first + v)) * scales[v]; });
+      unroll<V>(FOR(v) {
+        const uint8_t* w = block + 64 * (first + v);
+        weights[v] = load((const float*)w), prefetch(w);
+      });
       f(k, weights);
     }
   }
-}
+};
 
+// A block: for each two inputs 64 features x 4 bytes, the first input in the lower half. A product of bf16 (vdpbf16ps) would
+// be no faster: docs/log.md.
+struct Bf16 {
+  template <int V, class F>
+  static INLINE void each(const uint8_t* block, int first, int64_t in, F&& f) {
+    for (int64_t k = 0; k < in; k += 2, block += 4 * kBlock) {
+      Floats weights[V];
+      const uint8_t* w = block + 64 * first;
+      unroll<V>(FOR(v) { weights[v] = lower_bf16(load_words(w + 64 * v)), prefetch(w + 64 * v); });
+      f(k, weights);
+      unroll<V>(FOR(v) { weights[v] = upper_bf16(load_words(w + 64 * v)); });
+      f(k + 1, weights);
+    }
+  }
+};
+
+// A block: for each group of 128 inputs 64 scales x 256 in fp32, then for each input 64 features x 1 byte.
 struct Fp8 {
+  template <int V, class F>
+  static INLINE void each(const uint8_t* block, int first, int64_t in, F&& f) {
+    for (int64_t k = 0; k < in;) {
+      Floats scales[V], weights[V];
+      unroll<V>(FOR(v) { scales[v] = load((const float*)block + 16 * (first + v)); });
+      block += 4 * kBlock;
+      for (const int64_t end = k + kFp8Group < in ? k + kFp8Group : in; k < end; k++, block += kBlock) {
+        prefetch(block);
+        unroll<V>(FOR(v) { weights[v] = load_256ths((const fp8*)block + 16 * (first + v)) * scales[v]; });
+        f(k, weights);
+      }
+    }
+  }
+};
+
+template <class Kind>
+struct Floating {
   template <int M>
   static constexpr int kVectors = vectors<M>(1);
 
@@ -253,7 +256,7 @@ struct Fp8 {
                               float* out) {
     Columns<Floats, M, V> totals;
     unroll<V>(FOR(v) { unroll<M>(FOR(m) { totals.template at<v>()[m] = broadcast(0.0f); }); });
-    widen<V>(block, first, in, [&](int64_t k, const Floats (&weights)[V]) __attribute__((always_inline)) {
+    Kind::template each<V>(block, first, in, [&](int64_t k, const Floats(&weights)[V]) __attribute__((always_inline)) {
       unroll<M>(FOR(m) {
         const Floats x = broadcast(((const float*)rows[m])[k]);
         unroll<V>(FOR(v) { totals.template at<v>()[m] = fma(weights[v], x, totals.template at<v>()[m]); });
@@ -310,14 +313,14 @@ void multiply_as(const Matrix& matrix, int64_t block, const Rows& rows, const in
 // With more rows than a tile has, the block is widened once for all of them.
 inline void multiply_fp8(const Matrix& matrix, int64_t block, const Rows& rows, const int64_t* chosen, int64_t num_rows,
                          const Product& product, int64_t columns) {
-  if (num_rows <= kTileRows) return multiply_as<Fp8>(matrix, block, rows, chosen, num_rows, product, columns);
+  if (num_rows <= kTileRows) return multiply_as<Floating<Fp8>>(matrix, block, rows, chosen, num_rows, product, columns);
   thread_local std::vector<float> wide;
   wide.resize(matrix.in * kBlock);
-  widen<4>(matrix.data + block * matrix.block_bytes, 0, matrix.in, [&](int64_t k, const Floats (&weights)[4]) {
+  Fp8::each<4>(matrix.data + block * matrix.block_bytes, 0, matrix.in, [&](int64_t k, const Floats(&weights)[4]) {
     unroll<4>(FOR(v) { store(&wide[kBlock * k + 16 * v], weights[v]); });
   });
   const Matrix widened{Format::fp32, (const uint8_t*)wide.data(), matrix.num_blocks, 0, matrix.in};
-  multiply_as<Dense<1>>(widened, block, rows, chosen, num_rows, product, columns);
+  multiply_as<Floating<Fp32>>(widened, block, rows, chosen, num_rows, product, columns);
 }
 
 // The rows chosen[0 .. num_rows) (null: 0 .. num_rows) times the block, of which `columns` features are not padding.
@@ -325,13 +328,13 @@ inline void multiply(const Matrix& matrix, int64_t block, const Rows& rows, cons
                      const Product& product, int64_t columns) {
   const auto by = [&](auto multiply) { multiply(matrix, block, rows, chosen, num_rows, product, columns); };
   switch (matrix.format) {
-    case Format::fp32: return by(multiply_as<Dense<1>>);
-    case Format::bf16: return by(multiply_as<Dense<2>>);
-    case Format::int8: return by(multiply_as<Int8>);
-    case Format::int4_by_64: return by(multiply_as<Nibbles<Int4, 64>>);
-    case Format::int4: return by(multiply_as<Nibbles<Int4, 32>>);
-    case Format::mxfp4: return by(multiply_as<Nibbles<Mxfp4, 32>>);
+    case Format::fp32: return by(multiply_as<Floating<Fp32>>);
+    case Format::bf16: return by(multiply_as<Floating<Bf16>>);
     case Format::fp8: return by(multiply_fp8);
+    case Format::int8: return by(multiply_as<Int8>);
+    case Format::int4: return by(multiply_as<Nibbles<Int4, 32>>);
+    case Format::int4_by_64: return by(multiply_as<Nibbles<Int4, 64>>);
+    case Format::mxfp4: return by(multiply_as<Nibbles<Mxfp4, 32>>);
   }
 }
 
@@ -362,15 +365,10 @@ inline void quantize_row(const float* x, int64_t in, uint8_t* row) {
   scales[0] += sum(nothing);  // not a number if any is not finite, and so then is the whole product
 }
 
-inline void narrow_row(const float* x, int64_t size, bf16* y) {
-  for (int64_t i = 0; i < size; i++) y[i] = narrow(x[i]);
-}
-
 inline void prepare_row(Format format, const float* x, int64_t in, uint8_t* row) {
-  if (format == Format::int8) return quantize_row(x, in, row);
-  const int64_t size = (format == Format::fp32 ? 4 : 2) * in;
-  format == Format::fp32 ? void(std::memcpy(row, x, size)) : narrow_row(x, in, (bf16*)row);
-  std::memset(row + size, 0, values_bytes(format, in) - size);
+  if (is_quantized(format)) return quantize_row(x, in, row);
+  std::memcpy(row, x, 4 * in);
+  std::memset(row + 4 * in, 0, values_bytes(format, in) - 4 * in);
 }
 
 }  // namespace tokenmill::ISA

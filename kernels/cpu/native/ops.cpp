@@ -34,7 +34,6 @@ std::vector<InstructionSet> find_instruction_sets() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vnni")) {
-    if (__builtin_cpu_supports("avx512bf16")) found.push_back({"avx512_bf16", &kernels_avx512_bf16});
     found.push_back({"avx512", &kernels_avx512});
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", &kernels_avx2});
@@ -88,20 +87,17 @@ Matrix matrix(const Tensor& packed, int64_t format, int64_t in, int64_t out) {
 struct PreparedRows {
   Tensor memory;
   Rows rows;
-  Format format;  // of the rows
-  PreparedRows(Format weights, int64_t num_rows, int64_t in)
-      : memory(at::empty({num_rows * row_bytes(rows_of(weights), in)}, at::kByte)),
-        rows{memory.mutable_data_ptr<uint8_t>(), row_bytes(rows_of(weights), in)},
-        format(rows_of(weights)) {}
-  void set(int64_t row, const float* x, int64_t in) const {
-    kernels().prepare_row(format, x, in, rows.data + row * rows.bytes);
-  }
+  PreparedRows(Format format, int64_t num_rows, int64_t in)
+      : memory(at::empty({num_rows * row_bytes(format, in)}, at::kByte)),
+        rows{memory.mutable_data_ptr<uint8_t>(), row_bytes(format, in)} {}
 };
 
-PreparedRows prepare(Format weights, const float* x, int64_t num_rows, int64_t in) {
-  PreparedRows prepared(weights, num_rows, in);
+PreparedRows prepare(Format format, const float* x, int64_t num_rows, int64_t in) {
+  PreparedRows prepared(format, num_rows, in);
   parallel_for(num_rows, kCheapRows, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) prepared.set(t, x + t * in, in);
+    for (int64_t t = begin; t < end; t++) {
+      kernels().prepare_row(format, x + t * in, in, prepared.rows.data + t * prepared.rows.bytes);
+    }
   });
   return prepared;
 }
@@ -178,7 +174,7 @@ PreparedRows hidden(const Pairs& pairs, const Rows& inputs, const Matrix& gate_u
     std::vector<float> gated(size);
     for (int64_t i = begin; i < end; i++) {
       kernels().swiglu_row(y + i * 2 * size, y + i * 2 * size + size, size, gated.data());
-      prepared.set(i, gated.data(), size);
+      kernels().prepare_row(gate_up.format, gated.data(), size, prepared.rows.data + i * prepared.rows.bytes);
     }
   });
   return prepared;

@@ -15,6 +15,7 @@ from torch.nn import functional
 from kernels.weights import E8M0_BIAS, FP8_GROUP, INT4_GROUP, Parts, int4_by, int4_group, unpack_nibbles
 
 BLOCK = 64
+FP8_NAN = 0x7F  # and its negative
 WIDE_GROUP = 64  # as activations have: half the scales to read, and half as often
 
 
@@ -86,10 +87,14 @@ def pack_mxfp4(parts: Parts) -> Packed:
 
 
 def pack_fp8(parts: Parts) -> Packed:
-    """By groups of 128: scales in fp32, then one input a byte."""
-    codes = _in_blocks(parts["q"].view(torch.uint8), 1).split(FP8_GROUP, dim=1)  # (blocks, 128, 64, 1) each
-    scales = _in_blocks(parts["scale"].expand(-1, len(codes)), 1).split(1, dim=1)  # (blocks, 1, 64, 1) each
-    streams = [_bytes(part) for group in zip(scales, codes, strict=True) for part in group]
+    """By groups of 128: scales x 256 in fp32, then one input a byte. A code that is no number makes its scale none."""
+    codes = torch.split(parts["q"].view(torch.uint8), FP8_GROUP, dim=1)
+    scales = 256 * parts["scale"].expand(-1, len(codes))  # (out, groups), whether of a row or of each
+    streams = []
+    for group, q in enumerate(codes):
+        is_number = (q & 0x7F != FP8_NAN).all(dim=1, keepdim=True)
+        scale = torch.where(is_number, scales[:, group, None], torch.nan)
+        streams += [_bytes(_in_blocks(scale, 1)), _bytes(_in_blocks(q, 1))]
     return Packed(torch.cat(streams, dim=1), FORMATS["fp8"], len(parts["q"]))
 
 

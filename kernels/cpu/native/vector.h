@@ -52,14 +52,16 @@ INLINE Floats load_first(const bf16* p, int n) {
   const __m256i bits = _mm256_maskz_loadu_epi16(first(n), p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-INLINE Floats from_fp8(__m128i codes) {
-  const __m256i sixteen = _mm256_cvtepu8_epi16(codes), rest = _mm256_and_si256(sixteen, _mm256_set1_epi16(0x7f));
-  const __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(sixteen, 7), 15);
-  const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f));
-  // As fp16, whose exponent has another bias, so 2^-8 of the number; its subnormal numbers cost nothing here.
-  const __m256i half = _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(rest, 7)), nan);
-  return _mm512_cvtph_ps(half) * _mm512_set1_ps(256.0f);
+// e4m3 as fp16, whose exponent has another bias: 2^-8 of the number, unless that is not a number. Subnormal ones cost nothing.
+INLINE __m256i finite_fp8(__m128i codes) {
+  return _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), _mm256_set1_epi16(int16_t(0xbfff)));
 }
+INLINE Floats from_fp8(__m128i codes) {
+  const __m256i half = finite_fp8(codes), rest = _mm256_and_si256(half, _mm256_set1_epi16(0x7fff));
+  const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f << 7));
+  return _mm512_cvtph_ps(_mm256_or_si256(half, nan)) * _mm512_set1_ps(256.0f);
+}
+INLINE Floats load_256ths(const fp8* p) { return _mm512_cvtph_ps(finite_fp8(_mm_loadu_si128((const __m128i*)p))); }
 INLINE Floats load(const fp8* p) { return from_fp8(_mm_loadu_si128((const __m128i*)p)); }
 INLINE Floats load_first(const fp8* p, int n) { return from_fp8(_mm_maskz_loadu_epi8(first(n), p)); }
 INLINE Floats load(const int8_t* p) {
@@ -107,20 +109,10 @@ INLINE Words look_up(__m128i table, Words nibbles) {
 // In assembly, because gcc 12 keeps arrays of more than sixteen accumulators in memory when it is an intrinsic.
 INLINE void dot4_unsigned(Words& total, Words a, Words b) { asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b)); }
 INLINE void dot4(Words& total, Words weight, Words x) { dot4_unsigned(total, weight, x); }
-INLINE void dot1(Floats& total, Words a, Words b) {
-  total = fma(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), total);
-}
 
-// As `dot4`, of two bf16 in each lane.
-#ifdef __AVX512BF16__
-INLINE void dot2(Floats& total, Words a, Words b) { asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b)); }
-#else
-INLINE void dot2(Floats& total, Words a, Words b) {
-  const Words upper = _mm512_set1_epi32(0xffff0000);
-  total = fma(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), total);
-  total = fma(_mm512_castsi512_ps(_mm512_and_si512(a, upper)), _mm512_castsi512_ps(_mm512_and_si512(b, upper)), total);
-}
-#endif
+// Of two bf16 in each lane the one, as fp32.
+INLINE Floats lower_bf16(Words x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+INLINE Floats upper_bf16(Words x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000))); }
 
 #else  // AVX2
 
@@ -142,12 +134,17 @@ INLINE Floats load(const bf16* p) {
   };
   return {eight(p), eight(p + 8)};
 }
-INLINE __m256 from_fp8(__m128i codes) {  // of the lower eight: by way of fp16, as with AVX-512 above
-  const __m128i sixteen = _mm_cvtepu8_epi16(codes), rest = _mm_and_si128(sixteen, _mm_set1_epi16(0x7f));
-  const __m128i sign = _mm_slli_epi16(_mm_srli_epi16(sixteen, 7), 15);
-  const __m128i nan = _mm_cmpeq_epi16(rest, _mm_set1_epi16(0x7f));
-  const __m128i half = _mm_or_si128(_mm_or_si128(sign, _mm_slli_epi16(rest, 7)), nan);
-  return _mm256_cvtph_ps(half) * _mm256_set1_ps(256.0f);
+INLINE __m128i finite_fp8(__m128i codes) {  // of the lower eight: as with AVX-512 above
+  return _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7), _mm_set1_epi16(int16_t(0xbfff)));
+}
+INLINE __m256 from_fp8(__m128i codes) {
+  const __m128i half = finite_fp8(codes), rest = _mm_and_si128(half, _mm_set1_epi16(0x7fff));
+  const __m128i nan = _mm_cmpeq_epi16(rest, _mm_set1_epi16(0x7f << 7));
+  return _mm256_cvtph_ps(_mm_or_si128(half, nan)) * _mm256_set1_ps(256.0f);
+}
+INLINE Floats load_256ths(const fp8* p) {
+  const __m128i codes = _mm_loadu_si128((const __m128i*)p);
+  return {_mm256_cvtph_ps(finite_fp8(codes)), _mm256_cvtph_ps(finite_fp8(_mm_srli_si128(codes, 8)))};
 }
 INLINE Floats load(const fp8* p) {
   const __m128i codes = _mm_loadu_si128((const __m128i*)p);
@@ -214,8 +211,6 @@ INLINE Floats sums(Floats (&x)[16]) {
   for (int i = 0; i < 16; i++) lanes[i] = sum(x[i]);
   return load(lanes);
 }
-INLINE Floats as_floats(Words x) { return {_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; }
-INLINE void dot1(Floats& total, Words a, Words b) { total = fma(as_floats(a), as_floats(b), total); }
 INLINE Words add(Words a, Words b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
 INLINE int32_t sum(Words x) {
   const __m256i eight = _mm256_add_epi32(x.low, x.high);
@@ -256,14 +251,12 @@ INLINE void dot4(Words& total, Words weight, Words x) {  // |w| * (x with w's si
   };
   total = {eight(total.low, weight.low, x.low), eight(total.high, weight.high, x.high)};
 }
-INLINE void dot2(Floats& total, Words a, Words b) {
-  const auto eight = [](__m256 sums, __m256i p, __m256i q) {
-    const __m256i upper = _mm256_set1_epi32(0xffff0000);
-    const auto even = [](__m256i y) { return _mm256_castsi256_ps(_mm256_slli_epi32(y, 16)); };
-    const auto odd = [&](__m256i y) { return _mm256_castsi256_ps(_mm256_and_si256(y, upper)); };
-    return _mm256_fmadd_ps(odd(p), odd(q), _mm256_fmadd_ps(even(p), even(q), sums));
-  };
-  total = {eight(total.low, a.low, b.low), eight(total.high, a.high, b.high)};
+INLINE Floats lower_bf16(Words x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(x.low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.high, 16))};
+}
+INLINE Floats upper_bf16(Words x) {
+  const __m256i upper = _mm256_set1_epi32(0xffff0000);
+  return {_mm256_castsi256_ps(_mm256_and_si256(x.low, upper)), _mm256_castsi256_ps(_mm256_and_si256(x.high, upper))};
 }
 
 #endif
