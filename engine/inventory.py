@@ -44,6 +44,7 @@ KINDS = {
     "attention": ("attention.", "latent."),
     "feed-forward": ("feed_forward.",),
 }
+DRAFT_LAYER = "draft layer"  # all that it has, but for the states that it keeps beside the cache
 
 
 class Kind(Struct, frozen=True):
@@ -66,7 +67,7 @@ class Inventory(Struct, frozen=True, kw_only=True):
     """A model in numbers, and what an engine with these settings needs for it."""
 
     kinds: tuple[Kind, ...]
-    active_parameters: int  # that one token is computed with: of each mixture, the chosen experts
+    active_parameters: int  # that one token is computed with: of each mixture the chosen experts, no draft layer
     weights: str
     cache: str
     cache_bytes_per_token: int  # at each rank
@@ -84,17 +85,18 @@ def take_inventory(
     memory_bytes: int | None,
     num_ranks: int = 1,
     experts: str = "sharded",
+    draft_heads: bool = False,
 ) -> Inventory:
     """The folder's model, in an engine with these settings (`EngineConfig`'s) and this memory; None: what is free here.
 
     Raises ModelError where the folder cannot be loaded, EngineMisconfigured where the settings do not suit it.
     """
-    EngineConfig(ranks=num_ranks, experts=experts)  # refuses what a worker would
+    EngineConfig(ranks=num_ranks, experts=experts, draft_heads=draft_heads, drafts_max=int(draft_heads))  # as a worker
     where = _device(device, num_ranks, is_here=memory_bytes is None)
     memory_bytes = memory_bytes or _free_bytes(device, num_ranks)
     dtype = activation_dtype(where)
     ranks = [Ranks(rank, num_ranks, experts == "whole") for rank in range(num_ranks)]
-    with open_checkpoint(path, ranks[0]) as (spec, checkpoint):
+    with open_checkpoint(path, ranks[0], draft_heads=draft_heads) as (spec, checkpoint):
         whole, shapes = parameters(spec), [_shapes(spec, rank) for rank in ranks]
         bits = _bits(spec, shapes[0], checkpoint, weights, where.type, ranks[0])
         dense_bits = LOADED_BITS[DENSE_FORMATS[dtype]]
@@ -102,7 +104,7 @@ def take_inventory(
         cache_bytes = bytes_per_block(part_of(spec, ranks[0]), 1, cache_dtype(cache, dtype))
         nums_cached = [max(0, left) // cache_bytes for left in _left_bytes(memory_bytes, loaded, where)]
         return Inventory(
-            kinds=tuple(_kinds(whole, checkpoint)),
+            kinds=tuple(_kinds(spec, whole, checkpoint)),
             active_parameters=_active(spec, whole),
             weights=weights,
             cache=cache,
@@ -144,12 +146,13 @@ def _shapes(spec: ModelSpec, rank: Ranks) -> Shapes:
     }
 
 
-def _kinds(shapes: Shapes, checkpoint: Checkpoint) -> Iterable[Kind]:
+def _kinds(spec: ModelSpec, shapes: Shapes, checkpoint: Checkpoint) -> Iterable[Kind]:
     sizes, stored = Counter[str](), Counter[str]()
     for parameter, shape in shapes.items():
-        sizes[_kind(parameter)] += prod(shape)
-        stored[_kind(parameter)] += checkpoint.num_bytes(parameter)
-    return [Kind(name, sizes[name], stored[name]) for name in KINDS if name in sizes]
+        kind = DRAFT_LAYER if _is_of_draft_layer(spec, parameter) else _kind(parameter)
+        sizes[kind] += prod(shape)
+        stored[kind] += checkpoint.num_bytes(parameter)
+    return [Kind(name, sizes[name], stored[name]) for name in (*KINDS, DRAFT_LAYER) if name in sizes]
 
 
 def _kind(parameter: Parameter) -> str:
@@ -157,9 +160,15 @@ def _kind(parameter: Parameter) -> str:
     return next(name for name, of in KINDS.items() if role.startswith(of) or (name == "norms" and role.endswith(of)))
 
 
+def _is_of_draft_layer(spec: ModelSpec, parameter: Parameter) -> bool:
+    return parameter.layer is not None and parameter.layer >= len(spec.layers)
+
+
 def _active(spec: ModelSpec, shapes: Shapes) -> int:
     total = 0
     for parameter, shape in shapes.items():
+        if _is_of_draft_layer(spec, parameter):
+            continue
         mixture = None if parameter.layer is None else spec.layers[parameter.layer].feed_forward
         if parameter.expert is None or not isinstance(mixture, Mixture) or parameter.expert < mixture.num_chosen:
             total += prod(shape)

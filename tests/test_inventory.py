@@ -17,7 +17,7 @@ from engine.loader import load
 from engine.ranks import ALONE, Ranks
 from kernels.backends import pick
 from tests.published import published, published_mxfp4
-from tests.tiny_models import tiny_deepseek_v2, tiny_mixtral, tiny_qwen2_moe
+from tests.tiny_models import tiny_deepseek_v2, tiny_deepseek_v3, tiny_mixtral, tiny_qwen2_moe, with_draft_layer
 from worker.cli import main
 
 MEMORY = 1_000_000_000
@@ -169,6 +169,20 @@ def test_four_bits_of_others_stay_four_bits(tmp_path: Path) -> None:
 def test_a_weight_takes_its_bits_and_its_scales(layout: str, group: int, on_cpu: float, on_gpu: float) -> None:
     actual = [_bits_of(layout, 4096, 4096 // group, device) for device in ("cpu", "cuda")]
     assert actual == [on_cpu, on_gpu]
+
+
+def test_a_layer_that_drafts_is_told_apart(tmp_path: Path) -> None:
+    folder = with_draft_layer(tiny_deepseek_v3(tmp_path), 0)
+    without, with_it = inventory(folder), inventory(folder, draft_heads=True)
+    assert with_it.kinds[:-1] == without.kinds
+    assert with_it.kinds[-1].name == "draft layer"
+    assert loaded_bytes(with_it) - loaded_bytes(without) == 4 * with_it.kinds[-1].parameters
+    assert with_it.active_parameters == without.active_parameters
+    assert with_it.cache_bytes_per_token > without.cache_bytes_per_token, "its keys and the states that it reads"
+    with pytest.raises(EngineMisconfigured, match="draft_heads is set, and ranks is 2"):
+        inventory(folder, num_ranks=2, draft_heads=True)
+    with pytest.raises(ModelError, match="no layer for multi-token prediction"):
+        inventory(tiny_mixtral(tmp_path, 1), draft_heads=True)
 
 
 def test_what_others_quantized_is_told_as_we_keep_it(tmp_path: Path) -> None:

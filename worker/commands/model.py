@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from cyclopts import App
+from cyclopts import App, Parameter
 from msgspec import Struct
 
 from worker.commands.output import Json, print_json, print_table
@@ -85,16 +85,17 @@ def inspect(
     device: str = "auto",
     ranks: Annotated[int, between(1, 16)] = 1,
     experts: Literal["sharded", "whole"] = "sharded",
+    draft_heads: Annotated[bool, Parameter(negative="")] = False,
     memory_gb: Annotated[float, between(0.001, 1e6)] | None = None,
     json: Json = False,
 ) -> None:
     """Say what a model is, and how much of a machine it will take: its parts, and the tokens that its cache may hold.
 
-    By its name if it was fetched, or by its folder. `weights`, `cache`, `device`, `ranks` and `experts` are those of a
-    worker's engine; the memory, of each GPU or of the host, is what is free here, unless it is given, in GB of 10^9
-    bytes. Sizes in memory are estimates; a worker gives the cache a share of what its weights leave, on a GPU what a
-    step takes besides. Several ranks have a part of the weights and of each token's cache each; the cache holds what
-    the rank with the least room allows.
+    By its name if it was fetched, or by its folder. `weights`, `cache`, `device`, `ranks`, `experts` and `draft-heads`
+    are those of a worker's engine; the memory, of each GPU or of the host, is what is free here, unless it is given, in
+    GB of 10^9 bytes. Sizes in memory are estimates; a worker gives the cache a share of what its weights leave, on a
+    GPU what a step takes besides. Several ranks have a part of the weights and of each token's cache each; the cache
+    holds what the rank with the least room allows.
 
         tokenmill model inspect smollm2-moe
         tokenmill model inspect ./Mixtral-8x7B-v0.1 --weights int4 --cache fp8 --device cuda --memory-gb 80
@@ -113,6 +114,7 @@ def inspect(
             memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
             num_ranks=ranks,
             experts=experts,
+            draft_heads=draft_heads,
         )
     except ModelError as error:
         refusal = str(error)

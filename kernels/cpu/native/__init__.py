@@ -1,8 +1,8 @@
 """The CPU table in C++: the few ops that a step consists of, each one call.
 
 Owns the table. `*.cpp` and `*.h` hold the kernels, `build.py` gets them compiled, `packing.py` lays weights out for
-them. Products with int8 and int4 weights quantize activations by groups of a row (`reference.quantize_rows`), those
-with bf16 weights round them to bf16. What a row becomes does not depend on the other rows of the batch, to the bit.
+them. Products with int8, int4 and mxfp4 weights quantize activations by groups of a row (`reference.quantize_rows`);
+all others are in fp32. What a row becomes does not depend on the other rows of the batch, to the bit.
 The threads are our own (`threads.h`): torch's would look for work on the same cores for milliseconds after each op.
 """
 
