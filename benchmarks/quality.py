@@ -2,8 +2,8 @@
 
 Owns the table in docs/quality.md, `python -m benchmarks.quality`; `... int8 int4/fp8` measures int8 weights, then int4
 weights with a cache of fp8. All read the same text, `benchmarks/texts/`, with activations in fp32; weights and cache in
-fp32 are what the others are compared with. Perplexities of so little text differ by some 0.3 % when anything is rounded
-otherwise, since a router that is near a tie chooses other experts; the divergence is the steadier figure. Ten
+fp32 are what the others are compared with. Perplexities of so little text differ by some 0.5 % when anything is rounded
+otherwise, since a router that is near a tie chooses other experts; the divergence is the steadier figure. Three to ten
 minutes on one thread, 3 GB of memory.
 """
 

@@ -4,13 +4,16 @@
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kernels import reference
 from kernels.ops import Linear
+
+
+OfExpert: TypeAlias = Callable[[int, Tensor], Tensor]
+"""What an expert makes of some rows (n, C)."""
 
 
 def experts(
@@ -25,56 +28,38 @@ def experts(
     down_bias: Tensor | None = None,
     shared: Tensor | None = None,
 ) -> Tensor:
-    """As the definition: a token's outputs are summed in fp32 and in the experts' order, whoever else is there.
+    """As the definition: a token's outputs are summed in fp32 and in the experts' order, whoever else is there."""
 
-    Biases go to the definition itself.
-    """
-    if gate_up_bias is not None or down_bias is not None:
-        biases = gate_up_bias, down_bias
-        return reference.experts(x, chosen_weights, chosen, gate_up, down, linear, activation, *biases, shared)
+    def of_expert(expert: int, rows: Tensor) -> Tensor:
+        inner = linear(rows, gate_up[expert])
+        output = linear(activation(inner if gate_up_bias is None else inner + gate_up_bias[expert]), down[expert])
+        return output if down_bias is None else output + down_bias[expert]
+
     of_tokens = _experts_of_one if len(x) == 1 else _experts_of_many
-    routed = of_tokens(x, chosen_weights, chosen, gate_up, down, linear, activation)
+    routed = of_tokens(x, chosen_weights, chosen, len(gate_up), of_expert)
     return routed if shared is None else routed + shared
 
 
 def _experts_of_many(
-    x: Tensor,
-    chosen_weights: Tensor,
-    chosen: Tensor,
-    gate_up: Sequence[Any],
-    down: Sequence[Any],
-    linear: Linear,
-    activation: Callable[[Tensor], Tensor],
+    x: Tensor, chosen_weights: Tensor, chosen: Tensor, num_experts: int, of_expert: OfExpert
 ) -> Tensor:
     expert, order = chosen.flatten().sort(stable=True)  # (T * K,) both: pairs of a token and an expert, by expert
     tokens = order // chosen.shape[1]
-    *num_tokens, num_others = torch.bincount(expert, minlength=len(gate_up) + 1).tolist()
+    *num_tokens, num_others = torch.bincount(expert, minlength=num_experts + 1).tolist()
     ours = slice(len(order) - num_others)
     tokens, order = tokens[ours], order[ours]
-    outputs = [
-        linear(activation(linear(rows, expert_gate_up)), expert_down)
-        for rows, expert_gate_up, expert_down in zip(torch.split(x[tokens], num_tokens), gate_up, down, strict=True)
-        if len(rows)
-    ]
+    rows_of = torch.split(x[tokens], num_tokens)
+    outputs = [of_expert(number, rows) for number, rows in enumerate(rows_of) if len(rows)]
     total = torch.zeros(x.shape, dtype=torch.float32)
     if outputs:
         total.index_add_(0, tokens, torch.cat(outputs).float().mul_(chosen_weights.flatten()[order, None]))
     return total.to(x.dtype)
 
 
-def _experts_of_one(
-    x: Tensor,
-    chosen_weights: Tensor,
-    chosen: Tensor,
-    gate_up: Sequence[Any],
-    down: Sequence[Any],
-    linear: Linear,
-    activation: Callable[[Tensor], Tensor],
-) -> Tensor:
+def _experts_of_one(x: Tensor, chosen_weights: Tensor, chosen: Tensor, num_experts: int, of_expert: OfExpert) -> Tensor:
     """The one token of a lone decode goes to every chosen expert: nothing to sort, gather or scatter."""
     total = torch.zeros(x.shape, dtype=torch.float32)
     for expert, weight in sorted(zip(chosen[0].tolist(), chosen_weights[0].tolist(), strict=True)):
-        if expert < len(gate_up):
-            output = linear(activation(linear(x, gate_up[expert])), down[expert])
-            total.add_(output.float(), alpha=weight)
+        if expert < num_experts:
+            total.add_(of_expert(expert, x).float(), alpha=weight)
     return total.to(x.dtype)
