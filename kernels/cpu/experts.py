@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kernels.ops import Linear
 
-
 OfExpert: TypeAlias = Callable[[int, Tensor], Tensor]
 """What an expert makes of some rows (n, C)."""
 
