@@ -5,7 +5,6 @@ sequence's share becomes does not depend on the others in the batch.
 """
 
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -34,11 +33,10 @@ def build_batch(shares: list[Share], block_size: int, drawn: Tensor) -> Batch:
 
     drawn (R,) int64, on the device: the tokens of the step before, for those that the host does not know yet.
     """
-    tokens = [share.tokens for share in shares]
-    lengths = np.array(list(map(len, tokens)), dtype=np.int64)  # (S,)
+    lengths = np.array([len(share.tokens) for share in shares], dtype=np.int64)  # (S,)
     starts = np.array([share.start for share in shares], dtype=np.int64)  # (S,)
     num_rows = np.array([share.num_scored + share.num_rows for share in shares], dtype=np.int64)  # (S,)
-    token_ids = np.array(list(chain.from_iterable(tokens)), dtype=np.int64)  # (T,)
+    token_ids = np.array([token for share in shares for token in share.tokens], dtype=np.int64)  # (T,)
     ends = lengths.cumsum()  # (S,) behind each share's last token
     owners = np.repeat(np.arange(len(shares)), lengths)  # (T,) the share of each token
     places = np.arange(len(token_ids)) - (ends - lengths)[owners]  # (T,) of each token in its share
@@ -66,7 +64,7 @@ def none_drawn(device: torch.device) -> Tensor:
 def _block_tables(shares: list[Share]) -> Integers:
     """Each sequence's blocks, padded with 0: (S, blocks of the longest) int64."""
     blocks = [share.sequence.blocks for share in shares]
-    nums = np.array(list(map(len, blocks)))
+    nums = np.array([len(own) for own in blocks])
     tables = np.zeros((len(shares), nums.max()), dtype=np.int64)
     tables[np.arange(tables.shape[1]) < nums[:, None]] = np.frombuffer(b"".join(blocks), dtype=np.int64)
     return tables
