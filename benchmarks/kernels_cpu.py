@@ -3,8 +3,8 @@
 Owns the cases. Each line is a ratio of two times taken alternately in one run, the definition's over the table's,
 because the memory bandwidth of shared machines drifts by a third within minutes. The least of several times, since
 whatever disturbs only adds. On a busy machine OMP_NUM_THREADS=1 gives steadier ratios. The definition multiplies by
-weights that it has widened to fp32, so a bf16, int8 or int4 line below 1 means slower than that, at a half to a
-quarter of its memory.
+weights that it has widened to fp32, so a line below 1 of any other format means slower than that, at a half to an
+eighth of its memory.
 """
 
 import math
@@ -28,6 +28,7 @@ NUM_COPIES = 4  # of weights and caches, used in turn: in a model, other layers'
 
 Call = Callable[[int], object]  # with the copy to use
 TABLES = [reference.OPS, pick("cpu")]
+MULTIPLIED = [name for name, kept in FORMATS.items() if kept.layout in TABLES[-1].weights]
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ Case = tuple[str, Callable[[Ops], Call]]
 def linear() -> Iterator[Case]:
     """Dense products of a small model's shape and a middling one's."""
     for size_in, size_out in ((576, 1536), (1024, 4096)):
-        for name in FORMATS:
+        for name in MULTIPLIED:
             parts = [FORMATS[name].quantize(torch.randn(size_out, size_in) * 0.02) for _ in range(NUM_COPIES)]
             for num_rows in (1, 4, 16, 64, 256):
                 x = torch.randn(num_rows, size_in).to(activations(name))
@@ -74,7 +75,7 @@ def linear_call(name: str, parts: list[Mapping[str, Tensor]], x: Tensor) -> Call
     """Binds a case of `linear`."""
 
     def call_of(ops: Ops) -> Call:
-        kernel = ops.weights[name]
+        kernel = ops.weights[FORMATS[name].layout]
         weights = [kernel.prepare(p) for p in parts]
         return lambda i: kernel.linear(x, weights[i])
 
@@ -117,7 +118,7 @@ def attention_call(sequences: list[tuple[int, int]], dtype: torch.dtype) -> Call
 def experts() -> Iterator[Case]:
     """Many small experts of which most are chosen, and few large ones."""
     for num_experts, num_chosen, inner, outer in ((8, 7, 128, 576), (8, 2, 2048, 1024)):
-        for name in FORMATS:
+        for name in MULTIPLIED:
             gate_up, down = (
                 [FORMATS[name].quantize(torch.randn(shape) * 0.02) for _ in range(num_experts)]
                 for shape in ((2 * inner, outer), (outer, inner))
@@ -142,7 +143,7 @@ def experts_call(
     """Binds a case of `experts`."""
 
     def call_of(ops: Ops) -> Call:
-        kernel = ops.weights[name]
+        kernel = ops.weights[FORMATS[name].layout]
         prepared = [kernel.stack([kernel.prepare(parts) for parts in matrices]) for matrices in (gate_up, down)]
         return lambda i: ops.experts(x, *routed[i], prepared[0], prepared[1], kernel.linear, ops.swiglu)
 
