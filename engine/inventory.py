@@ -23,7 +23,7 @@ from engine.models.spec import Mixture
 from engine.quant import DENSE_FORMATS, FORMATS, Kept, keep
 from engine.ranks import Ranks
 
-# Bits of a weight as the devices' own backends keep it, by layout, its scales apart.
+# Bits of a weight as both devices' kernels keep it, by layout, its scales apart. Without C++ kernels a CPU takes more.
 LOADED_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4}
 # Groups that have a scale of their own, by device: the largest that divides the weight's, or else the weight's.
 GROUPS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
@@ -149,25 +149,23 @@ def _shapes(spec: ModelSpec, rank: Ranks) -> Shapes:
 def _kinds(spec: ModelSpec, shapes: Shapes, checkpoint: Checkpoint) -> Iterable[Kind]:
     sizes, stored = Counter[str](), Counter[str]()
     for parameter, shape in shapes.items():
-        kind = DRAFT_LAYER if _is_of_draft_layer(spec, parameter) else _kind(parameter)
+        kind = _kind(spec, parameter)
         sizes[kind] += prod(shape)
         stored[kind] += checkpoint.num_bytes(parameter)
     return [Kind(name, sizes[name], stored[name]) for name in (*KINDS, DRAFT_LAYER) if name in sizes]
 
 
-def _kind(parameter: Parameter) -> str:
+def _kind(spec: ModelSpec, parameter: Parameter) -> str:
+    if parameter.layer is not None and parameter.layer >= len(spec.layers):
+        return DRAFT_LAYER
     role = parameter.role
     return next(name for name, of in KINDS.items() if role.startswith(of) or (name == "norms" and role.endswith(of)))
-
-
-def _is_of_draft_layer(spec: ModelSpec, parameter: Parameter) -> bool:
-    return parameter.layer is not None and parameter.layer >= len(spec.layers)
 
 
 def _active(spec: ModelSpec, shapes: Shapes) -> int:
     total = 0
     for parameter, shape in shapes.items():
-        if _is_of_draft_layer(spec, parameter):
+        if _kind(spec, parameter) == DRAFT_LAYER:
             continue
         mixture = None if parameter.layer is None else spec.layers[parameter.layer].feed_forward
         if parameter.expert is None or not isinstance(mixture, Mixture) or parameter.expert < mixture.num_chosen:
